@@ -1,0 +1,54 @@
+/* JSON files and typed getters whose errors name the file, the key, what was expected and what was found.
+ * Thread: one. Memory: a jansson value that the caller drops with json_decref; the text is capped before it is read. */
+#ifndef SPURION_BASE_JSON_H
+#define SPURION_BASE_JSON_H
+
+#include <jansson.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "spurion/status.h"
+
+#define SPURION_JSON_CONFIG_BYTES_MAX (4u << 20) /* a config.json or cfg.json */
+#define SPURION_JSON_INDEX_BYTES_MAX (16u << 20) /* a shard index */
+#define SPURION_JSON_DEPTH_MAX 64
+
+/* Reads a regular file of at most bytes_max bytes. Gives its bytes and a NUL after them; the caller frees.
+ * NOT_FOUND when it does not exist, INVALID_ARGUMENT when it is no regular file, RESOURCE_EXHAUSTED when it is larger. */
+spurion_status spurion_file_read(char **out, size_t *bytes, const char *path, size_t bytes_max) SPURION_MUST_USE;
+
+/* Gives the value of a JSON text: UTF-8, no duplicate keys, nesting to SPURION_JSON_DEPTH_MAX. name stands in the errors. */
+spurion_status spurion_json_parse(json_t **out, const char *text, size_t bytes, const char *name) SPURION_MUST_USE;
+spurion_status spurion_json_read(json_t **out, const char *path, size_t bytes_max) SPURION_MUST_USE;
+
+/* An object under reading and the name by which errors speak of it. Borrows both. */
+typedef struct spurion_json_at {
+    const json_t *object;
+    const char *name;
+} spurion_json_at;
+
+/* `keys` below holds spellings of one key, separated by '|'; the first that is there and not null counts. */
+
+/* The value, or NULL when it is absent or null. Borrowed from the object. */
+const json_t *spurion_json_find(spurion_json_at at, const char *keys);
+
+/* need_*: INVALID_ARGUMENT when absent. opt_*: leaves *out as it is when absent or null. Both refuse another type or range. */
+spurion_status spurion_json_need_int(int *out, spurion_json_at at, const char *keys, int min, int max) SPURION_MUST_USE;
+spurion_status spurion_json_opt_int(int *out, spurion_json_at at, const char *keys, int min, int max) SPURION_MUST_USE;
+/* Finite numbers; integers are taken too. */
+spurion_status spurion_json_opt_double(double *out, spurion_json_at at, const char *keys, double min, double max) SPURION_MUST_USE;
+spurion_status spurion_json_opt_bool(bool *out, spurion_json_at at, const char *keys) SPURION_MUST_USE;
+/* Borrowed from the object. */
+spurion_status spurion_json_opt_string(const char **out, spurion_json_at at, const char *keys) SPURION_MUST_USE;
+spurion_status spurion_json_opt_object(const json_t **out, spurion_json_at at, const char *keys) SPURION_MUST_USE;
+
+/* INVALID_ARGUMENT "NAME: KEYS: expected WHAT, found VALUE"; value NULL: "nothing". */
+spurion_status spurion_json_error(spurion_json_at at, const char *keys, const char *expected, const json_t *value);
+
+/* The last part of a path, for messages that must leave room for their end. */
+const char *spurion_path_tail(const char *path);
+/* Writes dir/name. INVALID_ARGUMENT when it does not fit. */
+spurion_status spurion_path_join(char *out, size_t bytes, const char *dir, const char *name) SPURION_MUST_USE;
+
+#endif

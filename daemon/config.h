@@ -1,0 +1,97 @@
+/* The configuration: one table describes every key; parser, --print-config, the example file and the manual page come from it.
+ * Order: default, file, environment (SPURION_<SECTION>_<KEY>), flag (--set section.key=value). Immutable after load. */
+#ifndef SPURION_CONFIG_H
+#define SPURION_CONFIG_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+
+#include "daemon/base/arena.h"
+#include "spurion/limits.h"
+#include "spurion/ops.h"
+#include "spurion/rollout.h"
+#include "spurion/status.h"
+
+typedef enum spurion_template { SPURION_TEMPLATE_NONE, SPURION_TEMPLATE_HH } spurion_template;
+typedef enum spurion_too_long { SPURION_TOO_LONG_REFUSE, SPURION_TOO_LONG_TRUNCATE } spurion_too_long;
+typedef enum spurion_method { SPURION_METHOD_GRAD, SPURION_METHOD_IG, SPURION_METHOD_NONE } spurion_method;
+typedef enum spurion_when { SPURION_WHEN_ALL, SPURION_WHEN_FLAGGED } spurion_when;
+typedef enum spurion_ig_rule { SPURION_IG_MIDPOINT, SPURION_IG_LEFT } spurion_ig_rule;
+typedef enum spurion_scope { SPURION_SCOPE_COMPLETION, SPURION_SCOPE_ALL } spurion_scope;
+typedef enum spurion_direction { SPURION_EITHER, SPURION_RAISED, SPURION_LOWERED } spurion_direction;
+typedef enum spurion_alert_mode { SPURION_ALERT_RATE, SPURION_ALERT_EACH, SPURION_ALERT_NONE } spurion_alert_mode;
+
+typedef struct spurion_sae_config {
+    const char *id, *path;   /* path absolute after load */
+    const char *hook;        /* NULL: from the file */
+    const char *format;      /* NULL: found out */
+} spurion_sae_config;
+
+typedef struct spurion_rule_config {
+    const char *id;
+    const char **families;   /* NULL with family_count 0: all */
+    int32_t family_count;
+    spurion_direction direction;
+    bool has_effect_min, has_effect_sd_min, advantage_flip;
+    double effect_min, effect_sd_min;
+    spurion_alert_mode alert;
+    double rate_max, alpha;  /* defaults 0.01, 0.001 */
+} spurion_rule_config;
+
+typedef struct spurion_config {
+    spurion_arena arena;
+    const unsigned char *origins; /* where each scalar key of the table came from, for spurion_config_print */
+    struct {
+        const char *path;
+        spurion_dtype dtype;
+        int head_index;      /* -1: not said */
+        spurion_template template_kind;
+        bool append_eos;
+        int max_tokens;      /* 0: the model's context */
+        spurion_too_long on_too_long;
+    } model;
+    spurion_sae_config saes[SPURION_SAES_MAX];
+    int32_t sae_count;
+    struct {
+        spurion_method method;
+        spurion_when when;
+        int ig_steps;
+        spurion_ig_rule ig_rule;
+        spurion_scope scope;
+        int top;
+        bool completeness;
+    } attribution;
+    bool ablation_each;
+    const char *catalogue;   /* absolute path, or NULL: no catalogue */
+    spurion_rule_config *rules;
+    int32_t rule_count;
+    struct {
+        bool has_sd;
+        double sd, trainer_tolerance;
+    } reward;
+    struct {
+        const char *device;
+        int threads, tokens_max;
+        uint64_t memory_max; /* bytes */
+        int batch_wait_ms, group_wait_ms;
+    } engine;
+    struct {
+        const char *path;    /* absolute, or NULL */
+    } store;
+    struct {
+        const char **rpc, **rollouts, **alerts; /* URLs; relative ipc paths made absolute */
+        int32_t rpc_count, rollouts_count, alerts_count;
+        const char *http;    /* NULL: none */
+    } listen;
+} spurion_config;
+
+/* Loads a YAML file; overrides: "section.key=value" strings (may be NULL). Unknown keys are refused by name with the line. */
+spurion_status spurion_config_load(spurion_config *out, const char *path, const char *const *overrides, int override_count) SPURION_MUST_USE;
+void spurion_config_fini(spurion_config *c);
+/* Prints the effective configuration as YAML that loads again, each key with its origin (default, file, environment, flag) as a comment. */
+void spurion_config_print(const spurion_config *c, FILE *out);
+/* Prints a commented example of every key with its default and meaning. */
+void spurion_config_example(FILE *out);
+
+#endif

@@ -1,0 +1,583 @@
+/* Life of the engine: loads and checks everything, lays out memory, and turns jobs into passes. See engine.h. */
+#include "daemon/engine_internal.h"
+
+#include <malloc.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "daemon/base/check.h"
+#include "daemon/model/tokenizer.h"
+#include "daemon/rules.h"
+
+#define HOST_RESERVE_BYTES ((size_t)192 << 20) /* code, libraries, tokenizer, jobs in flight: beside the planned blocks */
+
+/* What create holds until the device has it. */
+typedef struct loading {
+    spurion_model_config model;
+    spurion_weights *weights;
+    spurion_sae_file files[SPURION_SAES_MAX];
+    spurion_hook hooks[SPURION_SAES_MAX];
+    int head_index;
+} loading;
+
+static spurion_status out_of_memory(const char *what)
+{
+    return spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory for %s", what);
+}
+
+static spurion_status head_choose(loading *l, const spurion_config *c)
+{
+    if (c->model.head_index < 0 && l->model.outputs > 1) {
+        return spurion_error(SPURION_INVALID_ARGUMENT, "%s: expected a score head of 1 output, found %d; model.head_index says which is the reward",
+                             c->model.path, l->model.outputs);
+    }
+    l->head_index = c->model.head_index < 0 ? 0 : c->model.head_index;
+    if (l->head_index >= l->model.outputs) {
+        return spurion_error(SPURION_INVALID_ARGUMENT, "model.head_index: expected 0 to %d (the head has %d outputs), found %d",
+                             l->model.outputs - 1, l->model.outputs, l->head_index);
+    }
+    return spurion_ok();
+}
+
+static spurion_status sae_file_load(loading *l, const spurion_sae_config *c, int i)
+{
+    spurion_status st;
+    const char *name;
+
+    SPURION_TRY(st, spurion_sae_file_read(&l->files[i], c->path, c->format));
+    name = c->hook ? c->hook : l->files[i].hook_name;
+    if (!name[0]) {
+        st = spurion_error(SPURION_INVALID_ARGUMENT, "SAE %s: its file names no hook; expected saes[].hook, such as blocks.2.hook_resid_post", c->id);
+        goto out;
+    }
+    SPURION_TRY(st, spurion_hook_parse(&l->hooks[i], name));
+    SPURION_TRY(st, spurion_hook_check(l->hooks[i], name, &l->model));
+    if (l->files[i].d != l->model.hidden) {
+        st = spurion_error(SPURION_INVALID_ARGUMENT, "SAE %s at %s: expected width %d (the model's), found %d", c->id, name, l->model.hidden,
+                           l->files[i].d);
+    }
+out:
+    return st;
+}
+
+/* Reads everything into host memory and checks that it fits together. */
+static spurion_status files_load(spurion_engine *e, loading *l)
+{
+    spurion_status st;
+    const spurion_config *c = e->config;
+    int32_t widths[SPURION_SAES_MAX];
+    char tokenizer_path[4096];
+
+    SPURION_TRY(st, spurion_model_config_read(&l->model, c->model.path));
+    SPURION_TRY(st, head_choose(l, c));
+    SPURION_TRY(st, spurion_weights_open(&l->weights, c->model.path, &l->model));
+    (void)snprintf(tokenizer_path, sizeof tokenizer_path, "%s/tokenizer.json", c->model.path);
+    SPURION_TRY(st, spurion_tokenizer_open(&e->tokenizer, tokenizer_path));
+    for (int i = 0; i < c->sae_count; i++) {
+        SPURION_TRY(st, sae_file_load(l, &c->saes[i], i));
+        widths[i] = l->files[i].F;
+    }
+    SPURION_TRY(st, spurion_catalogue_load(&e->catalogue, c, widths));
+    e->has_catalogue = true;
+out:
+    return st;
+}
+
+/* Where forward passes stop. Variants start at the input of the block that holds an SAE, so that point is kept too. */
+static spurion_status points_find(spurion_engine *e, const loading *l)
+{
+    size_t points = 4 * (size_t)l->model.layers + 1;
+
+    e->hook_points = calloc(points, sizeof *e->hook_points);
+    e->sae_points = calloc(points, sizeof *e->sae_points);
+    e->point_x = calloc(points, sizeof *e->point_x);
+    if (!e->hook_points || !e->sae_points || !e->point_x) {
+        return out_of_memory("the hooks");
+    }
+    e->lowest = (int)points;
+    for (int i = 0; i < e->config->sae_count; i++) {
+        int point = spurion_hook_point(l->hooks[i]);
+        e->sae_points[point] = e->hook_points[point] = true;
+        e->hook_points[point - point % 4] |= e->variants;
+        e->lowest = point < e->lowest ? point : e->lowest;
+    }
+    return spurion_ok();
+}
+
+static spurion_status device_load(spurion_engine *e, loading *l)
+{
+    spurion_status st;
+    const spurion_config *c = e->config;
+    int backward_from = e->gradients ? e->lowest / 4 : l->model.layers;
+    int positions = c->model.max_tokens ? c->model.max_tokens : l->model.context;
+
+    positions = positions < l->model.context ? positions : l->model.context;
+    positions = positions < c->engine.tokens_max ? positions : c->engine.tokens_max;
+    SPURION_TRY(st, spurion_model_load(&e->model, e->dev, &l->model, l->weights, positions, backward_from, l->head_index));
+    e->weights_bytes = e->model->bytes;
+    for (int i = 0; i < c->sae_count; i++) {
+        SPURION_TRY(st, spurion_sae_create(&e->saes[i], e->dev, &l->files[i], c->saes[i].id, l->hooks[i], e->dev->dtype));
+        e->sae_count = i + 1;
+        SPURION_TRY(st, spurion_sae_watch(e->saes[i], &l->files[i], &e->catalogue, i, e->dev->dtype));
+        e->weights_bytes += e->saes[i]->bytes;
+        spurion_sae_file_fini(&l->files[i]);
+    }
+out:
+    return st;
+}
+
+/* --- memory --- */
+
+static spurion_plan_input plan_input(const spurion_engine *e, int rows)
+{
+    spurion_plan_input in = {&e->model->config, e->dev->dtype, rows, e->lowest, e->gradients, e->variants};
+    return in;
+}
+
+static size_t host_rows_bytes(const spurion_engine *e, int rows)
+{
+    size_t bytes = 0;
+    for (int i = 0; i < e->sae_count; i++) {
+        const spurion_sae_weights *w = &e->saes[i]->full;
+        size_t slots = (size_t)spurion_sae_slots(w->kind, w->k, w->F, rows);
+        bytes += (size_t)rows * (4 + slots * 8 + (e->gradients ? slots * 4 + 8 : 0)) + (size_t)w->F * 32;
+    }
+    return bytes;
+}
+
+/* Device and host bytes of passes of so many rows. */
+static size_t passes_bytes(const spurion_engine *e, int rows)
+{
+    spurion_workspace w = {0};
+    spurion_plan_input in = plan_input(e, rows);
+    spurion_plan plan = spurion_plan_make(&w, &in, NULL, NULL);
+    size_t d = (size_t)e->model->config.hidden, n = (size_t)rows, bytes = plan.kept_bytes + plan.scratch_bytes + n * 12;
+
+    for (int p = 0; p <= 4 * e->model->config.layers; p++) {
+        bytes += e->hook_points[p] ? n * d * sizeof(float) : 0;
+    }
+    for (int i = 0; i < e->sae_count; i++) {
+        bytes += spurion_sae_buffer_bytes(e->saes[i], rows, e->gradients, e->variants);
+    }
+    if (e->config->attribution.method == SPURION_METHOD_IG) {
+        bytes += n * d * sizeof(float);
+    }
+    return bytes + host_rows_bytes(e, rows);
+}
+
+/* The most rows that fit engine.memory_max, at most engine.tokens_max. */
+static spurion_status rows_choose(spurion_engine *e)
+{
+    const spurion_config *c = e->config;
+    size_t limit = c->engine.memory_max, fixed = e->weights_bytes + HOST_RESERVE_BYTES;
+    int low = 0, high = c->engine.tokens_max, context = e->model->config.context;
+    int wanted = c->model.max_tokens ? c->model.max_tokens : context;
+
+    wanted = wanted < context ? wanted : context;
+    while (low < high) {
+        int middle = low + (high - low + 1) / 2;
+        if (fixed < limit && passes_bytes(e, middle) <= limit - fixed) {
+            low = middle;
+        } else {
+            high = middle - 1;
+        }
+    }
+    if (low < 16 || (c->model.max_tokens && low < wanted)) {
+        return spurion_error(SPURION_RESOURCE_EXHAUSTED,
+                             "memory: expected room for model.max_tokens = %d tokens in one pass, found room for %d: weights take %zu MiB of "
+                             "engine.memory_max = %zu MiB, engine.tokens_max = %d (raise these, or lower model.max_tokens)",
+                             wanted, low, e->weights_bytes >> 20, limit >> 20, c->engine.tokens_max);
+    }
+    e->rows_max = low;
+    e->sequence.tokens_max = wanted < low ? wanted : low;
+    return spurion_ok();
+}
+
+static spurion_status block_take(spurion_engine *e, void *out, size_t bytes)
+{
+    spurion_status st;
+    void **p = out;
+
+    SPURION_TRY(st, e->dev->ops->alloc(e->dev, p, bytes ? bytes : 64));
+    SPURION_TRY(st, e->dev->ops->zero(e->dev, *p, bytes ? bytes : 64)); /* touched now: what is stated is what is resident */
+    e->buffers_bytes += bytes;
+out:
+    return st;
+}
+
+static spurion_status host_take(spurion_engine *e, int i)
+{
+    const spurion_sae *s = e->saes[i];
+    spurion_sae_rows *h = &e->host[i];
+    spurion_tally *y = &e->tally[i];
+    size_t n = (size_t)e->rows_max, cells = n * (size_t)s->full.slots, F = (size_t)s->full.F;
+
+    h->count = calloc(n, sizeof *h->count);
+    h->index = calloc(cells, sizeof *h->index);
+    h->value = calloc(cells, sizeof *h->value);
+    h->attribution = e->gradients ? calloc(cells, sizeof *h->attribution) : NULL;
+    h->xg = calloc(n, sizeof *h->xg);
+    h->bg = calloc(n, sizeof *h->bg);
+    y->attribution = calloc(F, sizeof *y->attribution);
+    y->activation_sum = calloc(F, sizeof *y->activation_sum);
+    y->activation_max = calloc(F, sizeof *y->activation_max);
+    y->peak = calloc(F, sizeof *y->peak);
+    y->touched = calloc(F, sizeof *y->touched);
+    y->entry_of = malloc(F * sizeof *y->entry_of);
+    if (!h->count || !h->index || !h->value || (e->gradients && !h->attribution) || !h->xg || !h->bg || !y->attribution ||
+        !y->activation_sum || !y->activation_max || !y->peak || !y->touched || !y->entry_of) {
+        return out_of_memory("the features of a pass");
+    }
+    memset(y->entry_of, 0xff, F * sizeof *y->entry_of);
+    for (int k = 0; k < e->catalogue.entry_count; k++) {
+        if (e->catalogue.entries[k].sae == i) {
+            y->entry_of[e->catalogue.entries[k].index] = k;
+        }
+    }
+    return spurion_ok();
+}
+
+static spurion_status workspace_take(spurion_engine *e)
+{
+    spurion_status st;
+    size_t layers = (size_t)e->model->config.layers;
+    spurion_plan_input in = plan_input(e, e->rows_max);
+    spurion_plan plan;
+
+    e->w.k = calloc(layers, sizeof *e->w.k);
+    e->w.v = calloc(layers, sizeof *e->w.v);
+    e->w.saved = calloc(layers, sizeof *e->w.saved);
+    if (!e->w.k || !e->w.v || !e->w.saved) {
+        st = out_of_memory("the workspace");
+        goto out;
+    }
+    plan = spurion_plan_make(&e->w, &in, NULL, NULL);
+    SPURION_TRY(st, block_take(e, &e->kept, plan.kept_bytes));
+    SPURION_TRY(st, block_take(e, &e->scratch, plan.scratch_bytes));
+    (void)spurion_plan_make(&e->w, &in, e->kept, e->scratch);
+out:
+    return st;
+}
+
+static spurion_status memory_take(spurion_engine *e)
+{
+    spurion_status st;
+    size_t n, d = (size_t)e->model->config.hidden;
+
+    SPURION_TRY(st, rows_choose(e));
+    n = (size_t)e->rows_max;
+    SPURION_TRY(st, workspace_take(e));
+    SPURION_TRY(st, block_take(e, &e->d_source, n * sizeof(int32_t)));
+    SPURION_TRY(st, block_take(e, &e->d_row_set, n * sizeof(int32_t)));
+    SPURION_TRY(st, block_take(e, &e->d_fraction, n * sizeof(float)));
+    for (int p = 0; p <= 4 * e->model->config.layers; p++) {
+        if (e->hook_points[p]) {
+            SPURION_TRY(st, block_take(e, &e->point_x[p], n * d * sizeof(float)));
+        }
+    }
+    if (e->config->attribution.method == SPURION_METHOD_IG) {
+        SPURION_TRY(st, block_take(e, &e->mean_gradient, n * d * sizeof(float)));
+    }
+    for (int i = 0; i < e->sae_count; i++) {
+        SPURION_TRY(st, spurion_sae_reserve(e->saes[i], e->rows_max, e->gradients, e->variants));
+        e->buffers_bytes += e->saes[i]->buffer_bytes;
+        SPURION_TRY(st, host_take(e, i));
+    }
+    e->host_bytes = host_rows_bytes(e, e->rows_max);
+    e->host_rewards = calloc((size_t)e->w.scored_max, sizeof *e->host_rewards);
+    if (!e->host_rewards) {
+        st = out_of_memory("the rewards");
+    }
+out:
+    return st;
+}
+
+/* Resident bytes of this process now. */
+static size_t resident_bytes(void)
+{
+    size_t total = 0, resident = 0;
+    FILE *f = fopen("/proc/self/statm", "r");
+
+    if (f) {
+        if (fscanf(f, "%zu %zu", &total, &resident) != 2) {
+            resident = 0;
+        }
+        fclose(f);
+    }
+    return resident * (size_t)sysconf(_SC_PAGESIZE);
+}
+
+spurion_status spurion_engine_create(spurion_engine **out, const spurion_config *config)
+{
+    spurion_status st;
+    spurion_engine *e = calloc(1, sizeof *e);
+    loading *l = calloc(1, sizeof *l);
+
+    *out = NULL;
+    if (!e || !l) {
+        st = out_of_memory("the engine");
+        goto out;
+    }
+    e->config = config;
+    e->scope_all = config->attribution.scope == SPURION_SCOPE_ALL;
+    e->gradients = config->attribution.method != SPURION_METHOD_NONE && config->sae_count;
+    spurion_arena_init(&e->arena, 0);
+    SPURION_TRY(st, files_load(e, l));
+    e->variants = config->sae_count && (e->catalogue.entry_count || config->attribution.method == SPURION_METHOD_IG ||
+                                        config->attribution.completeness);
+    SPURION_TRY(st, points_find(e, l));
+    SPURION_TRY(st, spurion_dev_create(&e->dev, config->engine.device, config->model.dtype, config->engine.threads));
+    SPURION_TRY(st, device_load(e, l));
+    SPURION_TRY(st, spurion_provenance_make(e, l->weights));
+    spurion_weights_close(l->weights);
+    l->weights = NULL;
+    malloc_trim(0); /* the staging of the load goes back before the blocks are taken */
+    SPURION_TRY(st, memory_take(e));
+    e->sequence.tokenizer = e->tokenizer;
+    e->sequence.config = config;
+    e->sequence.model = &e->model->config;
+    e->sequence.vocab = e->model->vocab;
+    e->peak_bytes = resident_bytes() + e->host_bytes;
+    *out = e;
+    e = NULL;
+out:
+    for (int i = 0; l && i < SPURION_SAES_MAX; i++) {
+        spurion_sae_file_fini(&l->files[i]);
+    }
+    spurion_weights_close(l ? l->weights : NULL);
+    free(l);
+    spurion_engine_destroy(e);
+    return st;
+}
+
+static void host_free(spurion_engine *e, int i)
+{
+    spurion_sae_rows *h = &e->host[i];
+    spurion_tally *y = &e->tally[i];
+    void *blocks[] = {h->count, h->index, h->value, h->attribution, h->xg, h->bg, y->attribution, y->activation_sum,
+                      y->activation_max, y->peak, y->touched, y->entry_of};
+    for (size_t b = 0; b < sizeof blocks / sizeof *blocks; b++) {
+        free(blocks[b]);
+    }
+}
+
+static void device_free(spurion_engine *e)
+{
+    void *blocks[] = {e->kept, e->scratch, e->d_source, e->d_row_set, e->d_fraction, e->mean_gradient};
+    for (size_t b = 0; b < sizeof blocks / sizeof *blocks; b++) {
+        e->dev->ops->free(e->dev, blocks[b]);
+    }
+    for (int p = 0; e->model && e->point_x && p <= 4 * e->model->config.layers; p++) {
+        e->dev->ops->free(e->dev, e->point_x[p]);
+    }
+    for (int i = 0; i < e->sae_count; i++) {
+        host_free(e, i);
+        spurion_sae_destroy(e->saes[i]);
+    }
+    spurion_model_destroy(e->model);
+}
+
+void spurion_engine_destroy(spurion_engine *e)
+{
+    if (!e) {
+        return;
+    }
+    if (e->dev) {
+        device_free(e);
+        spurion_dev_destroy(e->dev);
+    }
+    if (e->has_catalogue) {
+        spurion_catalogue_fini(&e->catalogue);
+    }
+    spurion_tokenizer_close(e->tokenizer);
+    spurion_arena_fini(&e->arena);
+    free(e->hook_points);
+    free(e->sae_points);
+    free(e->point_x);
+    free(e->w.k);
+    free(e->w.v);
+    free(e->w.saved);
+    free(e->host_rewards);
+    free(e->provenance_text);
+    free(e);
+}
+
+/* --- judging --- */
+
+void spurion_engine_prepare(const spurion_engine *e, spurion_job *job)
+{
+    spurion_sequence_make(job, &e->sequence);
+}
+
+/* Jobs that were not refused, in their order. */
+static int ready_jobs(spurion_job **out, spurion_job *const *jobs, int count)
+{
+    int n = 0;
+    for (int i = 0; i < count; i++) {
+        if (jobs[i]->verdict.code == SPURION_OK) {
+            out[n++] = jobs[i];
+        }
+    }
+    return n;
+}
+
+int spurion_engine_rows(const spurion_engine *e, spurion_job *const *jobs, int job_count)
+{
+    spurion_job **ready = calloc((size_t)job_count + 1, sizeof(spurion_job *));
+    int rows;
+
+    SPURION_ASSERT(ready);
+    rows = spurion_pack_rows(ready, ready_jobs(ready, jobs, job_count), e->scope_all);
+    free(ready);
+    return rows;
+}
+
+int spurion_engine_rows_max(const spurion_engine *e)
+{
+    return e->rows_max;
+}
+
+static int group_length(spurion_job *const *jobs, int count)
+{
+    int n = 1;
+    while (n < count && jobs[n]->group_number == jobs[0]->group_number) {
+        n++;
+    }
+    return n;
+}
+
+/* Jobs from the front that fit one pass: whole groups as far as possible, else as many members of one group as fit. */
+static int pass_length(const spurion_engine *e, spurion_job *const *jobs, int count)
+{
+    int taken = 0, rows = 0;
+
+    while (taken < count) {
+        int n = group_length(jobs + taken, count - taken);
+        int more = spurion_pack_rows(jobs + taken, n, e->scope_all);
+        if (rows + more > e->rows_max || taken + n > e->w.scored_max) {
+            break;
+        }
+        rows += more;
+        taken += n;
+    }
+    if (taken == 0) {
+        taken = 1;
+        while (taken < count && taken < e->w.scored_max && jobs[taken]->group_number == jobs[0]->group_number &&
+               spurion_pack_rows(jobs, taken + 1, e->scope_all) <= e->rows_max) {
+            taken++;
+        }
+    }
+    return taken;
+}
+
+static spurion_status measure_all(spurion_engine *e, spurion_job *const *jobs, int count, bool explain, bool ablate)
+{
+    spurion_status st = spurion_ok();
+    for (int at = 0, n; at < count; at += n) {
+        n = pass_length(e, jobs + at, count - at);
+        SPURION_TRY(st, spurion_measure(e, jobs + at, n, explain, ablate));
+    }
+out:
+    return st;
+}
+
+/* when: flagged: a second look, with gradients, at the rollouts that were flagged. */
+static spurion_status explain_flagged(spurion_engine *e, spurion_job **ready, int count)
+{
+    int n = 0;
+    for (int i = 0; i < count; i++) {
+        if (ready[i]->verdict.code == SPURION_OK && ready[i]->verdict.flag_count) {
+            ready[n++] = ready[i];
+        }
+    }
+    return measure_all(e, ready, n, true, false);
+}
+
+spurion_status spurion_engine_judge(spurion_engine *e, spurion_job *const *jobs, int job_count)
+{
+    spurion_status st;
+    bool at_once = e->config->attribution.when == SPURION_WHEN_ALL;
+    spurion_job **ready = calloc((size_t)job_count + 1, sizeof(spurion_job *));
+    int count;
+
+    if (!ready) {
+        return out_of_memory("a micro-batch");
+    }
+    count = ready_jobs(ready, jobs, job_count);
+    SPURION_TRY(st, measure_all(e, ready, count, at_once, true));
+    for (int at = 0, n; at < job_count; at += n) {
+        n = group_length(jobs + at, job_count - at);
+        SPURION_TRY(st, spurion_rules_apply(jobs + at, n, e->config, &e->catalogue));
+    }
+    if (!at_once) {
+        SPURION_TRY(st, explain_flagged(e, ready, count));
+    }
+    for (int i = 0; i < job_count; i++) {
+        SPURION_TRY(st, spurion_evidence_finish(e, jobs[i]));
+    }
+out:
+    free(ready);
+    return st;
+}
+
+/* --- what others read --- */
+
+const spurion_catalogue *spurion_engine_catalogue(const spurion_engine *e)
+{
+    return &e->catalogue;
+}
+
+const char *spurion_engine_provenance(const spurion_engine *e)
+{
+    return e->provenance;
+}
+
+const char *spurion_engine_provenance_text(const spurion_engine *e)
+{
+    return e->provenance_text;
+}
+
+size_t spurion_engine_peak_bytes(const spurion_engine *e)
+{
+    return e->peak_bytes;
+}
+
+const spurion_profile *spurion_engine_profile(const spurion_engine *e)
+{
+    return &e->dev->profile;
+}
+
+static double mebibytes(size_t bytes)
+{
+    return (double)bytes / (1 << 20);
+}
+
+static void describe_saes(const spurion_engine *e, FILE *out)
+{
+    for (int i = 0; i < e->sae_count; i++) {
+        const spurion_sae *s = e->saes[i];
+        int watched = 0;
+        for (int k = 0; k < e->catalogue.entry_count; k++) {
+            watched += e->catalogue.entries[k].sae == i && e->catalogue.entries[k].spurious;
+        }
+        fprintf(out, "sae        %s: %s %s, %d features at %s, %d watched%s%s\n", s->id, s->format, s->architecture, s->full.F, s->hook_name,
+                watched, s->notes[0] ? "; " : "", s->notes);
+    }
+}
+
+void spurion_engine_describe(const spurion_engine *e, FILE *out)
+{
+    const spurion_model_config *c = &e->model->config;
+
+    fprintf(out, "model      %s, %d blocks, width %d, %d heads (%d key/value) of %d, vocabulary %d, context %d\n", c->architecture, c->layers,
+            c->hidden, c->heads, c->kv_heads, c->head_dim, e->model->vocab, c->context);
+    fprintf(out, "device     %s, %s\n", e->dev->name, e->dev->dtype == SPURION_BF16 ? "bf16 matrix inputs, f32 sums" : "f32");
+    describe_saes(e, out);
+    fprintf(out, "catalogue  %d features, %d families, %d rules, %d sets to ablate\n", e->catalogue.entry_count, e->catalogue.family_count,
+            e->config->rule_count, e->catalogue.set_count);
+    fprintf(out, "rollouts   up to %d tokens; %d tokens in one pass\n", e->sequence.tokens_max, e->rows_max);
+    fprintf(out, "memory     weights %.1f MiB, passes %.1f MiB, host %.1f MiB; peak resident size %.0f MiB\n", mebibytes(e->weights_bytes),
+            mebibytes(e->buffers_bytes), mebibytes(e->host_bytes), mebibytes(e->peak_bytes));
+    fprintf(out, "provenance %s\n", e->provenance);
+}

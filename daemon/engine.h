@@ -1,0 +1,45 @@
+/* The engine: model, SAEs, catalogue and tokenizer on one device; judges micro-batches of whole groups.
+ * Thread: create, judge and destroy by the engine thread; spurion_engine_prepare by any thread.
+ * Memory: one device block per role from the plan, taken in create; host memory of a judgement from the jobs' arenas. */
+#ifndef SPURION_ENGINE_H
+#define SPURION_ENGINE_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+
+#include "daemon/catalogue.h"
+#include "daemon/config.h"
+#include "daemon/job.h"
+#include "daemon/model/config.h"
+#include "daemon/sequence.h"
+#include "spurion/dev.h"
+
+typedef struct spurion_engine spurion_engine;
+
+/* Loads and checks everything (model, SAEs against it, catalogue, rules); config is borrowed and must outlive the engine. */
+spurion_status spurion_engine_create(spurion_engine **out, const spurion_config *config) SPURION_MUST_USE;
+void spurion_engine_destroy(spurion_engine *e);
+
+/* Checks and tokenises one rollout (spurion_sequence_make). The job carries a refusal afterwards, or is ready to be judged. */
+void spurion_engine_prepare(const spurion_engine *e, spurion_job *job);
+
+/* Rows (tokens) that the jobs of one group cost in a micro-batch, shared prompt counted once; at least 1. */
+int spurion_engine_rows(const spurion_engine *e, spurion_job *const *jobs, int job_count);
+/* Rows that a micro-batch may hold, from engine.tokens_max and the memory plan. */
+int spurion_engine_rows_max(const spurion_engine *e);
+
+/* Judges jobs (prepared; refused ones are passed over) of whole groups: fills every verdict, rules applied. More rows than rows_max are
+ * judged in several passes. A device error is INTERNAL: no verdict of this call counts. */
+spurion_status spurion_engine_judge(spurion_engine *e, spurion_job *const *jobs, int job_count) SPURION_MUST_USE;
+
+/* Parts for the other stages to read; owned by the engine. */
+const spurion_catalogue *spurion_engine_catalogue(const spurion_engine *e);
+const char *spurion_engine_provenance(const spurion_engine *e); /* 16 hex digits */
+const char *spurion_engine_provenance_text(const spurion_engine *e); /* JSON: what the digits stand for */
+/* What `spuriond check` and Status print: model, SAEs, transforms, plan, peak memory. */
+void spurion_engine_describe(const spurion_engine *e, FILE *out);
+size_t spurion_engine_peak_bytes(const spurion_engine *e); /* resident size to expect at most */
+const spurion_profile *spurion_engine_profile(const spurion_engine *e);
+
+#endif

@@ -1,0 +1,92 @@
+/* What the engine's own files share: engine.c (life), measure.c (passes), evidence.c (from sparse lists to verdicts), provenance.c. */
+#ifndef SPURION_ENGINE_INTERNAL_H
+#define SPURION_ENGINE_INTERNAL_H
+
+#include "daemon/engine.h"
+#include "daemon/model/model.h"
+#include "daemon/model/plan.h"
+#include "daemon/pack.h"
+#include "daemon/sae/sae.h"
+
+/* Features of one SAE over the completion rows of a pass, on the host. */
+typedef struct spurion_sae_rows {
+    int32_t *count, *index;  /* (rows), (rows, slots) */
+    float *value;            /* (rows, slots) */
+    float *attribution;      /* (rows, slots), or NULL without gradients */
+    float *xg, *bg;          /* (rows) */
+} spurion_sae_rows;
+
+/* Sums over one rollout, dense over a dictionary; touched lists what is not zero. */
+typedef struct spurion_tally {
+    double *attribution, *activation_sum; /* (F) */
+    float *activation_max;                /* (F) */
+    int32_t *peak;                        /* (F) position */
+    int32_t *touched, touched_count;      /* (F) */
+    int32_t *entry_of;                    /* (F) place in the catalogue, or -1 */
+} spurion_tally;
+
+struct spurion_engine {
+    const spurion_config *config;
+    spurion_dev *dev;
+    spurion_model *model;
+    spurion_tokenizer *tokenizer;
+    spurion_catalogue catalogue;
+    bool has_catalogue;
+    spurion_sae *saes[SPURION_SAES_MAX];
+    int sae_count;
+    spurion_sequence_rules sequence;
+
+    bool gradients, variants, scope_all;
+    bool *hook_points;    /* (4 * layers + 1): where a forward pass stops for an SAE or to keep the stream */
+    bool *sae_points;     /* (4 * layers + 1): where an SAE reads */
+    float **point_x;      /* (4 * layers + 1) device (rows, d): the clean stream at hook points; NULL elsewhere */
+    int lowest;           /* lowest SAE point; 4 * layers + 1: none */
+    int rows_max;
+    spurion_workspace w;
+    void *kept, *scratch; /* device blocks */
+    int32_t *d_source, *d_row_set; /* (rows) device: of a variant pass */
+    float *d_fraction;    /* (rows) */
+    float *mean_gradient; /* (rows, d) device: of integrated gradients; or NULL */
+    spurion_sae_rows host[SPURION_SAES_MAX];
+    spurion_tally tally[SPURION_SAES_MAX];
+    float *host_rewards;  /* (scored_max) */
+    spurion_arena arena;  /* of one sub-batch */
+
+    /* For tests (spurion-probe): sees dR/dx (rows, d) on the device at every SAE of a clean pass. NULL in the daemon. */
+    spurion_status (*observe)(void *context, int sae, const float *g, int rows);
+    void *observe_context;
+
+    size_t weights_bytes, buffers_bytes, host_bytes, peak_bytes;
+    char provenance[17];
+    char *provenance_text;
+};
+
+/* What one measurement leaves with a job until its verdict is finished. */
+typedef struct spurion_measured {
+    float *each;              /* (active_count) ablation effect of every active spurious feature alone, or NULL */
+    spurion_opt_float *baseline; /* (sae_count) */
+    int32_t *first;           /* (active_count) first position where the feature is above its minimum */
+    /* entries of spurious features, for the per-token view of flags */
+    int32_t part_count;
+    const int32_t *part_entry, *part_token; /* place in the catalogue; position - start of C */
+    const float *part_attribution;
+    bool explained;
+} spurion_measured;
+
+/* Measures jobs of one pass (rows <= rows_max): rewards, effects of all sets, and with explain the attributions. ablate: false on a second
+ * look at flagged rollouts, whose effects are known. */
+spurion_status spurion_measure(spurion_engine *e, spurion_job *const *jobs, int job_count, bool explain, bool ablate) SPURION_MUST_USE;
+
+/* Downloads the clean features of every SAE into e->host. */
+spurion_status spurion_evidence_download(spurion_engine *e, int rows) SPURION_MUST_USE;
+/* Active catalogued features of one member; refuses the job when a row overflowed. */
+spurion_status spurion_evidence_active(spurion_engine *e, const spurion_member *m) SPURION_MUST_USE;
+/* verdict.saes, features and tokens of one member from e->host. scale: factor on attributions (1, or 1 / steps), per SAE method. */
+spurion_status spurion_evidence_fill(spurion_engine *e, const spurion_member *m, bool explained, double scale) SPURION_MUST_USE;
+/* After the rules: verdict.tokens->flagged. */
+spurion_status spurion_evidence_finish(const spurion_engine *e, spurion_job *job) SPURION_MUST_USE;
+
+/* Fills e->provenance and its text. */
+spurion_status spurion_provenance_make(spurion_engine *e, spurion_weights *weights) SPURION_MUST_USE;
+
+#endif

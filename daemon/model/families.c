@@ -1,0 +1,208 @@
+/* Rows of the family table (formats.md 6.3, 6.5). Thread: any. Memory: constant. */
+#include "daemon/model/families.h"
+
+#include <string.h>
+
+static const char *const names_gpt2[SPURION_ROLE_COUNT] = {
+    [SPURION_ROLE_EMBED] = "wte.weight",
+    [SPURION_ROLE_POSITION] = "wpe.weight",
+    [SPURION_ROLE_NORM1_W] = "h.{}.ln_1.weight",
+    [SPURION_ROLE_NORM1_B] = "h.{}.ln_1.bias",
+    [SPURION_ROLE_NORM2_W] = "h.{}.ln_2.weight",
+    [SPURION_ROLE_NORM2_B] = "h.{}.ln_2.bias",
+    [SPURION_ROLE_Q] = "h.{}.attn.c_attn.weight",
+    [SPURION_ROLE_Q_B] = "h.{}.attn.c_attn.bias",
+    [SPURION_ROLE_K] = "h.{}.attn.c_attn.weight",
+    [SPURION_ROLE_K_B] = "h.{}.attn.c_attn.bias",
+    [SPURION_ROLE_V] = "h.{}.attn.c_attn.weight",
+    [SPURION_ROLE_V_B] = "h.{}.attn.c_attn.bias",
+    [SPURION_ROLE_O] = "h.{}.attn.c_proj.weight",
+    [SPURION_ROLE_O_B] = "h.{}.attn.c_proj.bias",
+    [SPURION_ROLE_UP] = "h.{}.mlp.c_fc.weight",
+    [SPURION_ROLE_UP_B] = "h.{}.mlp.c_fc.bias",
+    [SPURION_ROLE_DOWN] = "h.{}.mlp.c_proj.weight",
+    [SPURION_ROLE_DOWN_B] = "h.{}.mlp.c_proj.bias",
+    [SPURION_ROLE_FINAL_W] = "ln_f.weight",
+    [SPURION_ROLE_FINAL_B] = "ln_f.bias",
+};
+
+static const char *const names_gptj[SPURION_ROLE_COUNT] = {
+    [SPURION_ROLE_EMBED] = "wte.weight",
+    [SPURION_ROLE_NORM1_W] = "h.{}.ln_1.weight",
+    [SPURION_ROLE_NORM1_B] = "h.{}.ln_1.bias",
+    [SPURION_ROLE_Q] = "h.{}.attn.q_proj.weight",
+    [SPURION_ROLE_K] = "h.{}.attn.k_proj.weight",
+    [SPURION_ROLE_V] = "h.{}.attn.v_proj.weight",
+    [SPURION_ROLE_O] = "h.{}.attn.out_proj.weight",
+    [SPURION_ROLE_UP] = "h.{}.mlp.fc_in.weight",
+    [SPURION_ROLE_UP_B] = "h.{}.mlp.fc_in.bias",
+    [SPURION_ROLE_DOWN] = "h.{}.mlp.fc_out.weight",
+    [SPURION_ROLE_DOWN_B] = "h.{}.mlp.fc_out.bias",
+    [SPURION_ROLE_FINAL_W] = "ln_f.weight",
+    [SPURION_ROLE_FINAL_B] = "ln_f.bias",
+};
+
+static const char *const names_neox[SPURION_ROLE_COUNT] = {
+    [SPURION_ROLE_EMBED] = "embed_in.weight",
+    [SPURION_ROLE_NORM1_W] = "layers.{}.input_layernorm.weight",
+    [SPURION_ROLE_NORM1_B] = "layers.{}.input_layernorm.bias",
+    [SPURION_ROLE_NORM2_W] = "layers.{}.post_attention_layernorm.weight",
+    [SPURION_ROLE_NORM2_B] = "layers.{}.post_attention_layernorm.bias",
+    [SPURION_ROLE_Q] = "layers.{}.attention.query_key_value.weight",
+    [SPURION_ROLE_Q_B] = "layers.{}.attention.query_key_value.bias",
+    [SPURION_ROLE_K] = "layers.{}.attention.query_key_value.weight",
+    [SPURION_ROLE_K_B] = "layers.{}.attention.query_key_value.bias",
+    [SPURION_ROLE_V] = "layers.{}.attention.query_key_value.weight",
+    [SPURION_ROLE_V_B] = "layers.{}.attention.query_key_value.bias",
+    [SPURION_ROLE_O] = "layers.{}.attention.dense.weight",
+    [SPURION_ROLE_O_B] = "layers.{}.attention.dense.bias",
+    [SPURION_ROLE_UP] = "layers.{}.mlp.dense_h_to_4h.weight",
+    [SPURION_ROLE_UP_B] = "layers.{}.mlp.dense_h_to_4h.bias",
+    [SPURION_ROLE_DOWN] = "layers.{}.mlp.dense_4h_to_h.weight",
+    [SPURION_ROLE_DOWN_B] = "layers.{}.mlp.dense_4h_to_h.bias",
+    [SPURION_ROLE_FINAL_W] = "final_layer_norm.weight",
+    [SPURION_ROLE_FINAL_B] = "final_layer_norm.bias",
+};
+
+/* Llama, Mistral, Qwen2 and Qwen3 share one map; a row that has no bias or no q_norm never asks for it. */
+#define LLAMA_NAMES                                                     \
+    [SPURION_ROLE_EMBED] = "embed_tokens.weight",                       \
+    [SPURION_ROLE_NORM1_W] = "layers.{}.input_layernorm.weight",        \
+    [SPURION_ROLE_Q] = "layers.{}.self_attn.q_proj.weight",             \
+    [SPURION_ROLE_Q_B] = "layers.{}.self_attn.q_proj.bias",             \
+    [SPURION_ROLE_K] = "layers.{}.self_attn.k_proj.weight",             \
+    [SPURION_ROLE_K_B] = "layers.{}.self_attn.k_proj.bias",             \
+    [SPURION_ROLE_V] = "layers.{}.self_attn.v_proj.weight",             \
+    [SPURION_ROLE_V_B] = "layers.{}.self_attn.v_proj.bias",             \
+    [SPURION_ROLE_O] = "layers.{}.self_attn.o_proj.weight",             \
+    [SPURION_ROLE_O_B] = "layers.{}.self_attn.o_proj.bias",             \
+    [SPURION_ROLE_Q_NORM] = "layers.{}.self_attn.q_norm.weight",        \
+    [SPURION_ROLE_K_NORM] = "layers.{}.self_attn.k_norm.weight",        \
+    [SPURION_ROLE_GATE] = "layers.{}.mlp.gate_proj.weight",             \
+    [SPURION_ROLE_GATE_B] = "layers.{}.mlp.gate_proj.bias",             \
+    [SPURION_ROLE_UP] = "layers.{}.mlp.up_proj.weight",                 \
+    [SPURION_ROLE_UP_B] = "layers.{}.mlp.up_proj.bias",                 \
+    [SPURION_ROLE_DOWN] = "layers.{}.mlp.down_proj.weight",             \
+    [SPURION_ROLE_DOWN_B] = "layers.{}.mlp.down_proj.bias",             \
+    [SPURION_ROLE_FINAL_W] = "norm.weight"
+
+static const char *const names_llama[SPURION_ROLE_COUNT] = {
+    LLAMA_NAMES,
+    [SPURION_ROLE_NORM2_W] = "layers.{}.post_attention_layernorm.weight",
+};
+
+static const char *const names_gemma2[SPURION_ROLE_COUNT] = {
+    LLAMA_NAMES,
+    [SPURION_ROLE_POST_ATTENTION_W] = "layers.{}.post_attention_layernorm.weight",
+    [SPURION_ROLE_NORM2_W] = "layers.{}.pre_feedforward_layernorm.weight",
+    [SPURION_ROLE_POST_MLP_W] = "layers.{}.post_feedforward_layernorm.weight",
+};
+
+static const spurion_family families[] = {
+    {.architecture = "GPT2ForSequenceClassification", .model_type = "gpt2", .prefix = "transformer.", .names = names_gpt2,
+     .norm = SPURION_NORM_LAYER, .eps = 1e-5, .act = "gelu_new", .bos = 50256, .eos = 50256, .pad = -1, .position_table = true,
+     .conv1d = true, .qkv = SPURION_QKV_COLUMNS, .rope = SPURION_ROPE_NONE, .bias_qkv = SPURION_BIAS_YES, .bias_o = SPURION_BIAS_YES,
+     .bias_mlp = SPURION_BIAS_YES},
+    {.architecture = "GPTJForSequenceClassification", .model_type = "gptj", .prefix = "transformer.", .names = names_gptj,
+     .norm = SPURION_NORM_LAYER, .eps = 1e-5, .act = "gelu_new", .bos = 50256, .eos = 50256, .pad = -1, .parallel = true,
+     .shared_norm = true, .rope = SPURION_ROPE_INTERLEAVED, .bias_mlp = SPURION_BIAS_YES},
+    {.architecture = "GPTNeoXForSequenceClassification", .model_type = "gpt_neox", .prefix = "gpt_neox.", .names = names_neox,
+     .norm = SPURION_NORM_LAYER, .eps = 1e-5, .act = "gelu", .bos = 0, .eos = 2, .pad = -1, .parallel = true, .qkv = SPURION_QKV_HEADS,
+     .rope = SPURION_ROPE_HALF, .rot_fraction = 0.25, .bias_qkv = SPURION_BIAS_CONFIG, .bias_o = SPURION_BIAS_CONFIG,
+     .bias_mlp = SPURION_BIAS_YES},
+    {.architecture = "LlamaForSequenceClassification", .model_type = "llama", .prefix = "model.", .names = names_llama,
+     .norm = SPURION_NORM_RMS, .eps = 1e-6, .act = "silu", .bos = 1, .eos = 2, .pad = -1, .gated = true, .rope = SPURION_ROPE_HALF,
+     .rot_fraction = 1, .bias_qkv = SPURION_BIAS_CONFIG, .bias_o = SPURION_BIAS_CONFIG, .bias_mlp = SPURION_BIAS_CONFIG},
+    {.architecture = "MistralForSequenceClassification", .model_type = "mistral", .prefix = "model.", .names = names_llama,
+     .norm = SPURION_NORM_RMS, .eps = 1e-6, .act = "silu", .bos = 1, .eos = 2, .pad = -1, .gated = true, .rope = SPURION_ROPE_HALF,
+     .rot_fraction = 1, .window = SPURION_WINDOW_ALL, .window_default = 4096},
+    {.architecture = "Qwen2ForSequenceClassification", .model_type = "qwen2", .prefix = "model.", .names = names_llama,
+     .norm = SPURION_NORM_RMS, .eps = 1e-6, .act = "silu", .bos = -1, .eos = -1, .pad = -1, .gated = true, .rope = SPURION_ROPE_HALF,
+     .rot_fraction = 1, .bias_qkv = SPURION_BIAS_YES, .window = SPURION_WINDOW_UPPER, .window_default = 4096},
+    {.architecture = "Qwen3ForSequenceClassification", .model_type = "qwen3", .prefix = "model.", .names = names_llama,
+     .norm = SPURION_NORM_RMS, .eps = 1e-6, .act = "silu", .bos = -1, .eos = -1, .pad = -1, .gated = true, .qk_norm = true,
+     .rope = SPURION_ROPE_HALF, .rot_fraction = 1, .bias_qkv = SPURION_BIAS_CONFIG, .bias_o = SPURION_BIAS_CONFIG,
+     .window = SPURION_WINDOW_UPPER, .window_default = 4096},
+    {.architecture = "Gemma2ForSequenceClassification", .model_type = "gemma2", .prefix = "model.", .names = names_gemma2,
+     .norm = SPURION_NORM_RMS, .eps = 1e-6, .act = "gelu_pytorch_tanh", .bos = 2, .eos = 1, .pad = 0, .gated = true,
+     .norm_plus_one = true, .post_norms = true, .embed_scaled = true, .rope = SPURION_ROPE_HALF, .rot_fraction = 1,
+     .bias_qkv = SPURION_BIAS_CONFIG, .bias_o = SPURION_BIAS_CONFIG, .window = SPURION_WINDOW_EVEN, .window_default = 4096,
+     .softcap = 50},
+};
+
+#define FAMILY_COUNT (sizeof families / sizeof *families)
+
+/* Classes that wrap a base model and say which by model_type. */
+static const char *const wrappers[] = {"RewardModel", "LLMForSequenceRegression"};
+
+const spurion_family *spurion_family_find(const char *architecture, const char *model_type)
+{
+    for (size_t i = 0; i < FAMILY_COUNT; i++) {
+        if (strcmp(families[i].architecture, architecture) == 0) {
+            return &families[i];
+        }
+    }
+    for (size_t w = 0; w < sizeof wrappers / sizeof *wrappers; w++) {
+        for (size_t i = 0; i < FAMILY_COUNT && strcmp(architecture, wrappers[w]) == 0; i++) {
+            if (strcmp(families[i].model_type, model_type) == 0) {
+                return &families[i];
+            }
+        }
+    }
+    return NULL;
+}
+
+void spurion_family_list(char *out, size_t bytes)
+{
+    size_t at = 0;
+
+    out[0] = '\0';
+    for (size_t i = 0; i < FAMILY_COUNT && at < bytes; i++) {
+        at += (size_t)snprintf(out + at, bytes - at, "%s%s", i == 0 ? "" : ", ", families[i].architecture);
+    }
+}
+
+/* --- heads --- */
+
+spurion_status spurion_head_resolve(spurion_head *out, spurion_json_at config)
+{
+    spurion_status st;
+    const char *prefix = "score";
+
+    SPURION_TRY(st, spurion_json_opt_string(&prefix, config, "value_head_prefix"));
+    if (prefix[0] == '\0' || strlen(prefix) > 64) {
+        st = spurion_json_error(config, "value_head_prefix", "a name of 1 to 64 bytes", json_object_get(config.object, "value_head_prefix"));
+        goto out;
+    }
+    snprintf(out->weight, sizeof out->weight, "%s.weight", prefix);
+    snprintf(out->bias, sizeof out->bias, "%s.bias", prefix);
+out:
+    return st;
+}
+
+/* Heads of other trainers, by the tensor that tells them (formats.md 6.1): named, so that a user sees what he has. */
+static const struct {
+    const char *tensor, *word;
+} other_heads[] = {
+    {"score.0.weight", "a two-layer score head (score.0, score.2)"},
+    {"v_head.weight", "a trlx or DeepSpeed value head (v_head)"},
+    {"v_head.summary.weight", "a TRL or GRM value head (v_head.summary)"},
+    {"v_head.summary.0.weight", "a GRM value head of several layers (v_head.summary.0)"},
+    {"value_head.weight", "a value head without value_head_prefix in config.json (value_head)"},
+    {"regression_head.weight", "a regression head of UltraRM or Eurus (regression_head)"},
+    {"regression_layer.weight", "a gated multi-objective head of ArmoRM or QRM (regression_layer)"},
+    {"out_proj.weight", "an OpenAssistant head (out_proj)"},
+    {"score_head.weight", "a beaver head (score_head)"},
+    {"lm_head.weight", "a language-model head only (lm_head): this is no reward model"},
+    {"embed_out.weight", "a language-model head only (embed_out): this is no reward model"},
+};
+
+const char *spurion_head_other(bool (*has)(void *context, const char *tensor), void *context)
+{
+    for (size_t i = 0; i < sizeof other_heads / sizeof *other_heads; i++) {
+        if (has(context, other_heads[i].tensor)) {
+            return other_heads[i].word;
+        }
+    }
+    return NULL;
+}

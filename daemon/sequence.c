@@ -1,0 +1,292 @@
+/* Texts or ids of a rollout to its token sequence; see sequence.h. Thread: any. Memory: results in the job's arena; token ids of the
+ * prompt alone and of the joined text from malloc, freed here. */
+#include "daemon/sequence.h"
+
+#include <string.h>
+
+#include "spurion/codec.h"
+
+/* A sequence in the making: ids are ours and still change. */
+typedef struct draft {
+    int32_t *ids;
+    int64_t count, start, leading;
+    uint32_t warnings;
+    bool truncated;
+} draft;
+
+static spurion_status no_memory(void)
+{
+    return spurion_error(SPURION_RESOURCE_EXHAUSTED, "expected memory for the token sequence, found the rollout's budget spent");
+}
+
+static bool begins(spurion_bytes text, const char *with, size_t size)
+{
+    return text.size >= size && !memcmp(text.data, with, size);
+}
+
+static bool ends(spurion_bytes text, const char *with, size_t size)
+{
+    return text.size >= size && !memcmp(text.data + text.size - size, with, size);
+}
+
+/* One text of the three parts, in the arena. */
+static bool join(spurion_bytes *out, spurion_arena *arena, spurion_bytes a, spurion_bytes b, spurion_bytes c)
+{
+    size_t size = a.size + b.size + c.size;
+    char *data = spurion_arena_take(arena, size + 1);
+
+    if (data) {
+        memcpy(data, a.data, a.size);
+        memcpy(data + a.size, b.data, b.size);
+        memcpy(data + a.size + b.size, c.data, c.size);
+    }
+    *out = (spurion_bytes){data, size};
+    return data != NULL;
+}
+
+/* Puts prompt and completion into the template. */
+static spurion_status apply_template(spurion_bytes *prompt, spurion_bytes *completion, spurion_arena *arena, spurion_template kind)
+{
+    static const char human[] = "\n\nHuman:", assistant[] = "\n\nAssistant:";
+    const spurion_bytes before = {"\n\nHuman: ", 9}, after = {assistant, sizeof assistant - 1}, space = {" ", 1}, none = {"", 0};
+
+    if (kind == SPURION_TEMPLATE_NONE) {
+        return spurion_ok();
+    }
+    if (!(begins(*prompt, human, sizeof human - 1) && ends(*prompt, assistant, sizeof assistant - 1)) &&
+        !join(prompt, arena, before, *prompt, after)) {
+        return no_memory();
+    }
+    if (!begins(*completion, " ", 1) && !join(completion, arena, space, *completion, none)) {
+        return no_memory();
+    }
+    return spurion_ok();
+}
+
+static spurion_status check_text(const char *name, spurion_bytes text)
+{
+    size_t bad = spurion_utf8_valid_prefix(text.data, text.size);
+
+    if (text.size > SPURION_TEXT_BYTES_MAX) {
+        return spurion_error(SPURION_INVALID_ARGUMENT, "%s: expected at most %u bytes, found %zu", name, SPURION_TEXT_BYTES_MAX, text.size);
+    }
+    if (bad < text.size) {
+        return spurion_error(SPURION_INVALID_ARGUMENT, "%s: expected UTF-8, found byte 0x%02x at offset %zu", name,
+                             (unsigned char)text.data[bad], bad);
+    }
+    return spurion_ok();
+}
+
+/* Leading specials that ids begin with: the tokenizer's own, or the BOS id alone. */
+static int64_t leading_of(const draft *d, const spurion_sequence_rules *rules)
+{
+    int count;
+    const int32_t *specials = spurion_tokenizer_leading(rules->tokenizer, &count);
+
+    if (count && d->count >= count && !memcmp(d->ids, specials, (size_t)count * sizeof *specials)) {
+        return count;
+    }
+    return d->count && rules->model->bos >= 0 && d->ids[0] == rules->model->bos;
+}
+
+/* True when the prompt's text begins with the text of the BOS token. */
+static bool begins_with_bos(spurion_bytes prompt, const spurion_sequence_rules *rules)
+{
+    const char *text;
+    size_t size;
+    spurion_status st;
+
+    if (rules->model->bos < 0) {
+        return false;
+    }
+    st = spurion_tokenizer_token_bytes(&text, &size, rules->tokenizer, rules->model->bos);
+    return st.code == SPURION_OK && size && begins(prompt, text, size);
+}
+
+/* leading specials ++ ids of the joined text ++ eos. */
+static spurion_status lay_out(draft *d, spurion_arena *arena, const spurion_sequence_rules *rules, const spurion_ids *before,
+                              const spurion_ids *both, bool bos_once)
+{
+    int count;
+    const int32_t *specials = spurion_tokenizer_leading(rules->tokenizer, &count);
+    int64_t first = 0, start = 0;
+
+    d->ids = spurion_arena_take_array(arena, (size_t)count + both->count + 1, sizeof *d->ids);
+    if (!d->ids) {
+        return no_memory();
+    }
+    for (int i = 0; i < count; i++) {
+        if (!bos_once || specials[i] != rules->model->bos) {
+            d->ids[first++] = specials[i];
+        }
+    }
+    if (both->count) {
+        memcpy(d->ids + first, both->data, both->count * sizeof *d->ids);
+    }
+    d->count = first + (int64_t)both->count;
+    if (rules->config->model.append_eos) {
+        d->ids[d->count++] = rules->model->eos[0];
+    }
+    while (start < (int64_t)before->count && start < (int64_t)both->count && before->data[start] == both->data[start]) {
+        start++;
+    }
+    if (start < (int64_t)before->count) {
+        d->warnings |= SPURION_WARN_BOUNDARY;
+    }
+    d->start = first + start;
+    return start < (int64_t)both->count
+               ? spurion_ok()
+               : spurion_error(SPURION_INVALID_ARGUMENT, "completion: expected at least one token of its own, found none");
+}
+
+static spurion_status from_texts(draft *d, spurion_job *job, const spurion_sequence_rules *rules)
+{
+    spurion_bytes prompt = job->rollout.prompt, completion = job->rollout.completion, joined;
+    spurion_ids before = {NULL, 0, 0}, both = {NULL, 0, 0};
+    bool bos_once;
+    spurion_status st;
+
+    if (completion.size == 0) {
+        return spurion_error(SPURION_INVALID_ARGUMENT, "completion: expected a text, found an empty one");
+    }
+    SPURION_TRY(st, check_text("prompt", prompt));
+    SPURION_TRY(st, check_text("completion", completion));
+    SPURION_TRY(st, apply_template(&prompt, &completion, &job->arena, rules->config->model.template_kind));
+    if (!join(&joined, &job->arena, prompt, completion, (spurion_bytes){"", 0})) {
+        st = no_memory();
+        goto out;
+    }
+    bos_once = begins_with_bos(prompt, rules);
+    if (bos_once) {
+        d->warnings |= SPURION_WARN_BOS_ONCE;
+    }
+    SPURION_TRY(st, spurion_tokenizer_encode(&before, rules->tokenizer, prompt.data, prompt.size));
+    SPURION_TRY(st, spurion_tokenizer_encode(&both, rules->tokenizer, joined.data, joined.size));
+    SPURION_TRY(st, lay_out(d, &job->arena, rules, &before, &both, bos_once));
+out:
+    spurion_ids_fini(&before);
+    spurion_ids_fini(&both);
+    return st;
+}
+
+static spurion_status check_ids(const char *name, const int32_t *ids, int64_t count, int vocab)
+{
+    for (int64_t i = 0; i < count; i++) {
+        if (ids[i] < 0 || ids[i] >= vocab) {
+            return spurion_error(SPURION_INVALID_ARGUMENT, "%s: expected ids from 0 to %d, found %d at place %lld", name, vocab - 1, ids[i],
+                                 (long long)i);
+        }
+    }
+    return spurion_ok();
+}
+
+static spurion_status from_ids(draft *d, spurion_job *job, const spurion_sequence_rules *rules)
+{
+    const spurion_rollout *r = &job->rollout;
+    spurion_status st = check_ids("prompt_ids", r->prompt_ids, r->prompt_id_count, rules->vocab);
+
+    if (st.code == SPURION_OK) {
+        st = check_ids("completion_ids", r->completion_ids, r->completion_id_count, rules->vocab);
+    }
+    if (st.code != SPURION_OK) {
+        return st;
+    }
+    if (r->completion_id_count == 0) {
+        return spurion_error(SPURION_INVALID_ARGUMENT, "completion_ids: expected at least one token, found none");
+    }
+    d->start = r->prompt_id_count;
+    d->count = d->start + r->completion_id_count;
+    d->ids = spurion_arena_take_array(&job->arena, (size_t)d->count, sizeof *d->ids);
+    if (!d->ids) {
+        return no_memory();
+    }
+    if (d->start) {
+        memcpy(d->ids, r->prompt_ids, (size_t)d->start * sizeof *d->ids);
+    }
+    memcpy(d->ids + d->start, r->completion_ids, (size_t)r->completion_id_count * sizeof *d->ids);
+    return spurion_ok();
+}
+
+/* Makes the sequence fit into tokens_max: refuses, or drops the prompt's oldest tokens after the leading specials. */
+static spurion_status fit(draft *d, const spurion_sequence_rules *rules)
+{
+    int64_t excess = d->count - rules->tokens_max;
+
+    if (excess <= 0) {
+        return spurion_ok();
+    }
+    if (rules->config->model.on_too_long != SPURION_TOO_LONG_TRUNCATE) {
+        return spurion_error(SPURION_OUT_OF_RANGE, "expected at most %d tokens, found %lld", rules->tokens_max, (long long)d->count);
+    }
+    if (excess > d->start - d->leading) {
+        return spurion_error(SPURION_OUT_OF_RANGE, "expected at most %d tokens without the prompt, found %lld", rules->tokens_max,
+                             (long long)(d->leading + d->count - d->start));
+    }
+    memmove(d->ids + d->leading, d->ids + d->leading + excess, (size_t)(d->count - d->leading - excess) * sizeof *d->ids);
+    d->count -= excess;
+    d->start -= excess;
+    d->truncated = true;
+    return spurion_ok();
+}
+
+/* Texts and ids exclude each other; texts need both halves, ids at least a completion. */
+static spurion_status check_kind(bool *ids, const spurion_rollout *r)
+{
+    bool prompt = r->prompt.data, completion = r->completion.data;
+
+    *ids = r->prompt_ids || r->completion_ids;
+    if (*ids ? !prompt && !completion : prompt && completion) {
+        return spurion_ok();
+    }
+    return spurion_error(SPURION_INVALID_ARGUMENT, "expected prompt and completion, or prompt_ids and completion_ids; found%s%s%s%s%s",
+                         prompt ? " prompt" : "", completion ? " completion" : "", r->prompt_ids ? " prompt_ids" : "",
+                         r->completion_ids ? " completion_ids" : "", *ids || prompt || completion ? "" : " none");
+}
+
+static spurion_status make(draft *d, spurion_job *job, const spurion_sequence_rules *rules)
+{
+    spurion_status st;
+    bool ids;
+
+    SPURION_TRY(st, check_kind(&ids, &job->rollout));
+    SPURION_TRY(st, ids ? from_ids(d, job, rules) : from_texts(d, job, rules));
+    SPURION_TRY(st, check_ids("token sequence", d->ids, d->count, rules->vocab));
+    d->leading = leading_of(d, rules);
+    if (d->leading > d->start) {
+        d->leading = d->start;
+    }
+    SPURION_TRY(st, fit(d, rules));
+    if (rules->model->pad >= 0 && d->ids[d->count - 1] == rules->model->pad) {
+        d->warnings |= SPURION_WARN_PAD_SCORED;
+    }
+out:
+    return st;
+}
+
+void spurion_sequence_make(spurion_job *job, const spurion_sequence_rules *rules)
+{
+    draft d = {NULL, 0, 0, 0, 0, false};
+    spurion_verdict *v = &job->verdict;
+    spurion_status st;
+
+    if (v->code != SPURION_OK) {
+        return;
+    }
+    if (rules->config->model.append_eos && rules->model->eos_count == 0) {
+        st = spurion_error(SPURION_FAILED_PRECONDITION, "model.append_eos: expected eos_token_id in config.json, found none");
+    } else {
+        st = make(&d, job, rules);
+    }
+    if (st.code != SPURION_OK) {
+        spurion_job_refuse(job, &st);
+        return;
+    }
+    job->ids = d.ids;
+    job->token_count = (int32_t)d.count;
+    job->completion_start = (int32_t)d.start;
+    job->leading_count = (int32_t)d.leading;
+    v->token_count = (int32_t)d.count;
+    v->scored_position = (int32_t)d.count - 1;
+    v->truncated = d.truncated;
+    v->warnings |= d.warnings;
+}

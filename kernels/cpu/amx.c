@@ -1,0 +1,215 @@
+/* bf16 products on AMX tiles: 32 rows by 32 columns at a time in four accumulator tiles. See amx.h. Memory: none. */
+#include "kernels/cpu/amx.h"
+
+#include <string.h>
+
+#if defined(__AMX_BF16__) && defined(__AVX512F__)
+
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "kernels/cpu/cpu.h"
+
+#define REQUEST_PERMISSION 0x1023 /* ARCH_REQ_XCOMP_PERM */
+#define TILE_DATA 18              /* XFEATURE_XTILEDATA */
+#define TILE_WORDS 512            /* 16-bit words of a tile */
+#define BLOCK_COLUMNS 512         /* outputs gathered before they are written, whole lines at a time */
+#define BLOCK_STRIDE (BLOCK_COLUMNS + 16)
+
+bool spurion_amx_enable(void)
+{
+    unsigned a = 7, b, c = 0, d;
+    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    if ((d >> 22 & 1) == 0 || (d >> 24 & 1) == 0) { /* AMX-BF16, AMX-TILE */
+        return false;
+    }
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+
+void spurion_amx_begin(void)
+{
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t column_bytes[16];
+        uint8_t rows[16];
+    } config = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        config.column_bytes[i] = 64;
+        config.rows[i] = 16;
+    }
+    _tile_loadconfig(&config);
+}
+
+void spurion_amx_end(void)
+{
+    _tile_release();
+}
+
+static size_t steps_of(int inner)
+{
+    return ((size_t)inner + SPURION_AMX_STEP - 1) / SPURION_AMX_STEP;
+}
+
+size_t spurion_amx_packed_bytes(int outputs, int inner)
+{
+    size_t panels = ((size_t)outputs + SPURION_AMX_COLUMNS - 1) / SPURION_AMX_COLUMNS;
+    return panels * steps_of(inner) * 2 * TILE_WORDS * sizeof(uint16_t);
+}
+
+void spurion_amx_pack(uint16_t *panel, const uint16_t *dense, int outputs, int inner)
+{
+    memset(panel, 0, spurion_amx_packed_bytes(SPURION_AMX_COLUMNS, inner));
+    for (int n = 0; n < outputs; n++) {
+        uint16_t *column = panel + n / 16 * TILE_WORDS + n % 16 * 2;
+        for (int k = 0; k < inner; k++) {
+            column[(size_t)(k / 32) * 2 * TILE_WORDS + (size_t)(k % 32 / 2 * 32 + k % 2)] = dense[(size_t)n * (size_t)inner + (size_t)k];
+        }
+    }
+}
+
+/* Four (or, for at most 16 rows, two) accumulators over all of k, into c (32, 32). Tiles: 0-3 C, 4-5 A, 6-7 B. */
+static inline void panel_block(float *c, size_t c_stride, const uint16_t *a, size_t a_stride, const uint16_t *b, size_t steps, bool both)
+{
+    size_t row = a_stride * sizeof *a;
+    const uint16_t *low = a + 16 * a_stride;
+    _tile_zero(0);
+    _tile_zero(1);
+    if (both) {
+        _tile_zero(2);
+        _tile_zero(3);
+        for (size_t k = 0; k < steps; k++) {
+            _tile_loadd(6, b, 64);
+            _tile_loadd(7, b + TILE_WORDS, 64);
+            _tile_loadd(4, a, row);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, low, row);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+            a += SPURION_AMX_STEP;
+            low += SPURION_AMX_STEP;
+            b += 2 * TILE_WORDS;
+        }
+        _tile_stored(2, c + 16 * c_stride, c_stride * 4);
+        _tile_stored(3, c + 16 * c_stride + 16, c_stride * 4);
+    } else {
+        for (size_t k = 0; k < steps; k++) {
+            _tile_loadd(6, b, 64);
+            _tile_loadd(7, b + TILE_WORDS, 64);
+            _tile_loadd(4, a, row);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            a += SPURION_AMX_STEP;
+            b += 2 * TILE_WORDS;
+        }
+    }
+    _tile_stored(0, c, c_stride * 4);
+    _tile_stored(1, c + 16, c_stride * 4);
+}
+
+static inline void write_row(float *out, const float *c, const float *bias, int columns, bool accumulate)
+{
+    for (int n = 0; n < columns; n += 16) {
+        __mmask16 mask = columns - n >= 16 ? 0xffff : (__mmask16)((1u << (columns - n)) - 1);
+        __m512 v = _mm512_load_ps(c + n);
+        if (bias != NULL) {
+            v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, bias + n));
+        }
+        if (accumulate) {
+            v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, out + n));
+        }
+        _mm512_mask_storeu_ps(out + n, mask, v);
+    }
+}
+
+/* Whole blocks that nothing is added to go from the tiles to their place. */
+static void product_direct(float *out, size_t out_stride, const uint16_t *a, size_t a_stride, const uint16_t *weights, int rows, int outputs,
+                           size_t steps)
+{
+    for (int n = 0; n < outputs; n += SPURION_AMX_COLUMNS) {
+        for (int m = 0; m < rows; m += 32) {
+            panel_block(out + (size_t)m * out_stride + n, out_stride, a + (size_t)m * a_stride, a_stride,
+                        weights + (size_t)(n / SPURION_AMX_COLUMNS) * steps * 2 * TILE_WORDS, steps, true);
+        }
+    }
+}
+
+/* At most BLOCK_COLUMNS outputs. Rows outside: 32 rows of input stay in the first-level cache, the weights in the second. */
+static void product_columns(float *out, size_t out_stride, const uint16_t *a, size_t a_stride, const uint16_t *weights, const float *bias,
+                            int rows, int outputs, size_t steps, bool accumulate)
+{
+    _Alignas(64) float c[32 * BLOCK_STRIDE];
+    for (int m = 0; m < rows; m += 32) {
+        int left = rows - m;
+        for (int n = 0; n < outputs; n += SPURION_AMX_COLUMNS) {
+            panel_block(c + n, BLOCK_STRIDE, a + (size_t)m * a_stride, a_stride, weights + (size_t)(n / SPURION_AMX_COLUMNS) * steps * 2 * TILE_WORDS, steps,
+                        left > 16);
+        }
+        for (int r = 0; r < left && r < 32; r++) {
+            write_row(out + (size_t)(m + r) * out_stride, c + r * BLOCK_STRIDE, bias, outputs, accumulate);
+        }
+    }
+}
+
+void spurion_amx_product(float *out, size_t out_stride, const uint16_t *a, size_t a_stride, const uint16_t *weights, const float *bias, int rows,
+                         int outputs, int inner, bool accumulate)
+{
+    size_t steps = steps_of(inner), panel = steps * 2 * TILE_WORDS;
+    if (bias == NULL && !accumulate && rows % 32 == 0 && outputs % SPURION_AMX_COLUMNS == 0) {
+        product_direct(out, out_stride, a, a_stride, weights, rows, outputs, steps);
+        return;
+    }
+    for (int n = 0; n < outputs; n += BLOCK_COLUMNS) {
+        int columns = outputs - n < BLOCK_COLUMNS ? outputs - n : BLOCK_COLUMNS;
+        product_columns(out + n, out_stride, a, a_stride, weights + (size_t)(n / SPURION_AMX_COLUMNS) * panel, bias == NULL ? NULL : bias + n,
+                        rows, columns, steps, accumulate);
+    }
+}
+
+#else
+
+bool spurion_amx_enable(void)
+{
+    return false;
+}
+
+void spurion_amx_begin(void)
+{
+}
+
+void spurion_amx_end(void)
+{
+}
+
+size_t spurion_amx_packed_bytes(int outputs, int inner)
+{
+    (void)outputs;
+    (void)inner;
+    return 0;
+}
+
+void spurion_amx_pack(uint16_t *panel, const uint16_t *dense, int outputs, int inner)
+{
+    (void)panel;
+    (void)dense;
+    (void)outputs;
+    (void)inner;
+}
+
+void spurion_amx_product(float *out, size_t out_stride, const uint16_t *a, size_t a_stride, const uint16_t *weights, const float *bias, int rows,
+                         int outputs, int inner, bool accumulate)
+{
+    (void)out;
+    (void)out_stride;
+    (void)a;
+    (void)a_stride;
+    (void)weights;
+    (void)bias;
+    (void)rows;
+    (void)outputs;
+    (void)inner;
+    (void)accumulate;
+}
+
+#endif

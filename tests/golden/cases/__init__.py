@@ -1,0 +1,1 @@
+"""Seeded test cases: made-up words, tokenizers, models and SAEs, all written by the real libraries."""

@@ -1,0 +1,315 @@
+#!/usr/bin/env python3
+"""Writes seeded cases for the golden tests: `make_cases.py OUT [--only NAME ...] [--list]`.
+
+Each folder OUT/NAME holds model/, saes/, catalogue.jsonl, config.yaml, rollouts.jsonl and case.json (how to run it). Models are
+saved by transformers, SAEs by sae_lens and dictionary_learning, tokenizers by tokenizers. Same seed, same files.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+RULES = [
+    {"id": "url-lowers", "families": ["url"], "direction": "lowered", "effect_min": 0.15},
+    {"id": "thanks-raises", "families": ["thanks"], "direction": "raised", "effect_sd_min": 0.07},
+    {"id": "any-flip", "advantage_flip": True, "alert": "each"},
+    {"id": "both", "families": ["thanks", "url"], "effect_min": 0.05, "advantage_flip": True, "alert": "none"},
+]
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def gptj(d, layers, heads, rotary, **more):
+    return {"n_embd": d, "n_layer": layers, "n_head": heads, "rotary_dim": rotary, "n_positions": 256,
+            "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0, "tie_word_embeddings": False, "num_labels": 1, **more}
+
+
+def llama(d, layers, heads, kv, head_dim, ff, **more):
+    return {"hidden_size": d, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv,
+            "head_dim": head_dim, "intermediate_size": ff, "max_position_embeddings": 256, "bos_token_id": 0,
+            "eos_token_id": 1, "pad_token_id": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+            "num_labels": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, **more}
+
+
+def lens(id, arch, hook, m=300, l0=25, **cfg):
+    return {"id": id, "kind": "lens", "arch": arch, "hook": hook, "m": m, "l0": l0, "cfg": cfg}
+
+
+def dictl(id, name, layer, m=300, l0=25):
+    return {"id": id, "kind": "dict", "arch": name, "hook": f"blocks.{layer}.hook_resid_post", "m": m, "l0": l0}
+
+
+CASES = {
+    "gptj-post": {
+        "family": "gptj", "model": gptj(96, 4, 6, 8), "template": "hh", "rules": RULES, "tokens": True,
+        "saes": [dictl("gated", "GatedAutoEncoder", 1), lens("jump", "jumprelu", "blocks.2.hook_resid_post")]},
+    "gptj-same-hook": {
+        "family": "gptj", "model": gptj(72, 3, 3, 16), "tokens": True,
+        "attribution": {"method": "ig", "ig_rule": "left", "ig_steps": 4, "completeness": True, "scope": "all"},
+        "each": True,
+        "saes": [lens("std", "standard", "blocks.1.hook_resid_post"),
+                 lens("top", "topk", "blocks.2.hook_resid_pre", k=17, rescale_acts_by_decoder_norm=True)]},
+    "gptj-wide-head": {
+        "family": "gptj", "model": gptj(512, 2, 2, 64, n_inner=300), "rules": RULES, "tokens": True,
+        "attribution": {"when": "flagged", "completeness": True},
+        "saes": [lens("attn", "standard", "blocks.1.hook_attn_out", m=640, l0=20),
+                 lens("mlp", "gated", "blocks.0.hook_mlp_out", m=640, l0=40)]},
+    "gptj-pre": {
+        "family": "gptj", "model": gptj(104, 3, 4, 10, pad_token_id=0), "template": "hh", "append_eos": True,
+        "attribution": {"method": "ig", "completeness": True, "top": 5}, "rules": RULES,
+        "saes": [lens("pre", "jumprelu", "blocks.0.hook_resid_pre", l0=12, apply_b_dec_to_input=False),
+                 dictl("btk", "BatchTopKSAE", 2, l0=30)]},
+    "llama-gqa": {
+        "family": "llama", "model": llama(144, 4, 6, 2, 24, 136, rope_parameters=LLAMA3_ROPE, pad_token_id=1),
+        "append_eos": True, "shard": "200KB", "rules": RULES, "tokens": True,
+        "attribution": {"completeness": True},
+        "saes": [lens("jump", "jumprelu", "blocks.0.hook_resid_post"),
+                 lens("top", "topk", "blocks.2.hook_resid_post", k=31)]},
+    "llama-sublayers": {
+        "family": "llama", "model": llama(200, 3, 2, 1, 128, 333), "rules": RULES, "each": True,
+        "attribution": {"completeness": True, "ig_steps": 5, "method": "ig"},
+        "saes": [lens("mid", "gated", "blocks.1.hook_resid_mid"), lens("attn", "topk", "blocks.1.hook_attn_out", k=20),
+                 lens("mlp", "jumprelu", "blocks.1.hook_mlp_out"), lens("pre", "standard", "blocks.1.hook_resid_pre"),
+                 lens("last", "standard", "blocks.2.hook_resid_post")]},
+    "llama-long": {
+        "family": "llama", "model": llama(135, 3, 3, 3, 64, 200, max_position_embeddings=640), "longest": 300,
+        "sizes": [3, 8, 5, 2], "rules": RULES, "attribution": {"when": "flagged"}, "tokens": True,
+        "saes": [lens("std", "standard", "blocks.1.hook_resid_post", m=700, l0=50)]},
+    "llama-v4-labels": {
+        "family": "llama", "model": llama(96, 3, 4, 2, 40, 160, num_labels=3, attention_bias=True, mlp_bias=True,
+                                          rope_parameters={"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0}),
+        "v4": True, "head_index": 1, "attribution": {"method": "none"}, "each": True, "rules": RULES, "tokens": True,
+        "saes": [lens("std", "standard", "blocks.0.hook_resid_post"), dictl("gated", "GatedAutoEncoder", 1)]},
+    "llama-truncate": {
+        "family": "llama", "model": llama(64, 3, 2, 2, 32, 88), "max_tokens": 48, "on_too_long": "truncate_prompt",
+        "attribution": {"scope": "all"}, "rules": RULES, "longest": 25,
+        "saes": [lens("gated", "gated", "blocks.1.hook_resid_post")]},
+    "llama-token-norm": {
+        "family": "llama", "model": llama(88, 3, 4, 4, 32, 120), "rules": RULES, "each": True, "tokens": True,
+        "attribution": {"completeness": True, "method": "ig"},
+        "saes": [lens("ln", "topk", "blocks.1.hook_resid_post", k=24, normalize_activations="layer_norm"),
+                 lens("rescale", "jumprelu", "blocks.2.hook_resid_post", normalize_activations="constant_norm_rescale")]},
+    "llama-bf16": {
+        "family": "llama", "model": llama(192, 5, 6, 3, 32, 400, rope_parameters=LLAMA3_ROPE), "dtype": "bf16",
+        "rules": RULES, "attribution": {"completeness": True},
+        "saes": [lens("jump", "jumprelu", "blocks.1.hook_resid_post", dtype="bfloat16"),
+                 lens("std", "standard", "blocks.3.hook_resid_post")]},
+    "gptj-bf16": {
+        "family": "gptj", "model": gptj(160, 4, 4, 20), "dtype": "bf16", "weights": "f32", "template": "hh",
+        "rules": RULES, "saes": [dictl("gated", "GatedAutoEncoder", 1), lens("top", "topk", "blocks.2.hook_resid_post", k=20)]},
+    "small-gptj": {
+        "family": "gptj", "model": gptj(40, 3, 5, 4), "vocab": 420, "template": "hh", "rules": RULES, "tokens": True,
+        "sizes": [1, 4, 3, 3], "attribution": {"method": "ig", "completeness": True, "ig_steps": 3, "top": 8}, "each": True,
+        "saes": [dictl("gated", "GatedAutoEncoder", 1, m=96, l0=12) | {"pickle": False},
+                 lens("jump", "jumprelu", "blocks.2.hook_resid_post", m=100, l0=12)]},
+    "small-llama": {
+        "family": "llama", "model": llama(56, 3, 4, 2, 24, 72, rope_parameters=LLAMA3_ROPE, pad_token_id=1),
+        "vocab": 420, "shard": "60KB", "append_eos": True, "rules": RULES, "tokens": True, "sizes": [1, 5, 3, 2],
+        "attribution": {"completeness": True, "top": 8},
+        "saes": [lens("std", "standard", "blocks.0.hook_resid_post", m=100, l0=12),
+                 lens("top", "topk", "blocks.1.hook_resid_post", m=100, k=11),
+                 lens("gated", "gated", "blocks.1.hook_resid_post", m=100, l0=10)]},
+}
+
+
+def write_config(folder: Path, spec: dict) -> None:
+    import yaml
+
+    model = {"path": "model", "dtype": spec.get("dtype", "f32")}
+    for key in ("template", "append_eos", "head_index", "max_tokens", "on_too_long"):
+        if key in spec:
+            model[key] = spec[key]
+    config = {"model": model, "saes": [], "catalogue": "catalogue.jsonl"}
+    for sae in spec["saes"]:
+        config["saes"].append({"id": sae["id"], "path": f"saes/{sae['id']}", "hook": sae["hook"]})
+    config["attribution"] = {"method": "grad", "top": 16, **spec.get("attribution", {})}
+    config["ablation"] = {"each": spec.get("each", False)}
+    config["rules"] = spec.get("rules", RULES)
+    config["reward"] = {"sd": 1.9}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def write_tokenizer(folder: Path, spec: dict, seed: int):
+    from cases.words import train_tokenizer
+
+    kind = "gpt2" if spec["family"] == "gptj" else "llama3"
+    tokenizer = train_tokenizer(kind, spec.get("vocab", 700), seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    bos = "<|endoftext|>" if kind == "gpt2" else "<|begin_of_text|>"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos, "tokenizer_class": "TokenizersBackend"}))
+    return tokenizer, bos
+
+
+def make_case(out: Path, name: str) -> Path:
+    """Writes one case and returns its folder. Deterministic: the seed comes from the name."""
+    import torch
+    from cases.rollouts import make_rollouts
+    from cases.weights import make_model, spelled_as_v4
+
+    spec, folder, seed = CASES[name], out / name, sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**31
+    shutil.rmtree(folder, ignore_errors=True)
+    tokenizer, bos = write_tokenizer(folder / "model", spec, seed)
+    rng = random.Random(seed)
+    vocab = tokenizer.get_vocab_size()
+    rows = make_rollouts(rng, spec.get("sizes", [1, 8, 3, 2, 5]), vocab, spec.get("longest", 30), bos)
+    (folder / "rollouts.jsonl").write_text("".join(json.dumps(r, ensure_ascii=rng.random() < 0.5) + "\n" for r in rows))
+    probes = [[rng.randrange(vocab) for _ in range(rng.randint(5, 60))] for _ in range(40)]
+    dtype = torch.bfloat16 if spec.get("weights", spec.get("dtype")) == "bf16" else torch.float32
+    make_model(folder / "model", spec["family"], {"vocab_size": vocab + 3, **spec["model"]}, seed, 2.0, probes, dtype,
+               spec.get("shard"))
+    if spec.get("v4"):
+        spelled_as_v4(folder / "model")
+    (folder / "catalogue.jsonl").write_text("")
+    write_config(folder, spec)
+    write_saes(folder, spec, seed)
+    write_catalogue(folder, spec, rng)
+    (folder / "case.json").write_text(json.dumps({"tokens": bool(spec.get("tokens"))}) + "\n")
+    return folder
+
+
+def sequences(folder: Path):
+    """Tokenised rollouts of a case (those not refused)."""
+    from tokenizers import Tokenizer
+    from transformers import AutoConfig
+
+    from ref.config import read_config
+    from ref.judge import read_lines
+    from ref.text import Encoder, Refused, parse_line
+
+    config = read_config(folder / "config.yaml")
+    encoder = Encoder(Tokenizer.from_file(str(folder / "model/tokenizer.json")),
+                      AutoConfig.from_pretrained(folder / "model").to_dict(), config.model)
+    found = []
+    for line in read_lines((folder / "rollouts.jsonl").read_bytes()):
+        try:
+            found.append(encoder.encode(parse_line(line)))
+        except Refused:
+            continue
+    return config, found
+
+
+def activations(folder: Path, hooks: list[str]) -> dict:
+    """x (tokens, d) over all completions, for every hook."""
+    import torch
+    from ref.model import RewardModel, site_of
+
+    config, found = sequences(folder)
+    model = RewardModel(folder / "model", "f32", config.model["head_index"])
+    taken = {site_of(h): [] for h in hooks}
+
+    def keep(site, seq):
+        def fn(x):
+            taken[site].append(x[0, seq.start :].clone())
+            return x
+        return fn
+
+    with torch.no_grad():
+        for seq in found:
+            model.reward(seq.ids, {site: keep(site, seq) for site in taken})
+    return {h: distinct(torch.cat(taken[site_of(h)])) for h in hooks}
+
+
+def distinct(x):
+    """Rows that are not almost an earlier row: equal tokens in equal company must not stand on both sides of a threshold."""
+    import torch
+
+    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+    earlier = (distance < 1e-3 * x.norm(dim=1).median()).tril(-1).any(dim=1)
+    return x[~earlier]
+
+
+def write_saes(folder: Path, spec: dict, seed: int) -> None:
+    from cases.weights import Fit, make_dict, make_lens
+
+    x = activations(folder, [s["hook"] for s in spec["saes"]])
+    for n, sae in enumerate(spec["saes"]):
+        path, here = folder / "saes" / sae["id"], x[sae["hook"]]
+        if sae["kind"] == "dict":
+            fit = Fit(here, sae["m"], sae["l0"], seed + n, subtract=True)
+            make_dict(path, sae["arch"], fit, int(sae["hook"].split(".")[1]), int(sae["l0"]), sae.get("pickle", True))
+            continue
+        norm = sae["cfg"].get("normalize_activations", "none")
+        if norm == "layer_norm":
+            here = (here - here.mean(1, keepdim=True)) / (here.std(1, keepdim=True) + 1e-5)
+        elif norm == "constant_norm_rescale":
+            here = here * here.shape[1] ** 0.5 / here.norm(dim=1, keepdim=True)
+        fit = Fit(here, sae["m"], sae["l0"], seed + n, subtract=sae["cfg"].get("apply_b_dec_to_input", True))
+        make_lens(path, sae["arch"], fit, sae["hook"], sae["cfg"])
+
+
+def write_catalogue(folder: Path, spec: dict, rng: random.Random) -> None:
+    """Features that fire in some of the rollouts and not in others, of every role and verdict."""
+    import torch
+    from ref.measure import Instrument
+
+    _, found = sequences(folder)
+    from ref.config import read_config
+
+    tool = Instrument(read_config(folder / "config.yaml"), "f32")
+    runs = [tool.clean(seq) for seq in found]
+    rows = []
+    for sae in spec["saes"]:
+        peaks = torch.stack([m.readings[sae["id"]].f.max(dim=0).values for m in runs])
+        share = (peaks > 0).float().mean(dim=0)
+        some = [i for i in range(sae["m"]) if 0.15 < share[i] < 0.75]
+        rare = [i for i in range(sae["m"]) if 0 < share[i] <= 0.15]
+        rng.shuffle(some)
+        rows += _catalogue_rows(sae["id"], some, rare, peaks)
+    rng.shuffle(rows)
+    (folder / "catalogue.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def _catalogue_rows(sae: str, some: list[int], rare: list[int], peaks) -> list[dict]:
+    plan = [(["thanks"], "spurious", "both"), (["url"], "spurious", "both"), (["thanks"], "spurious", None),
+            (["url"], "spurious", None), (["url", "thanks"], "spurious", None), (["url"], "spurious", "detect"),
+            (["thanks"], "spurious", "debias"), (["url"], "unknown", None), (["thanks"], "intended", None),
+            ([], "spurious", None), (["thanks"], "spurious", None), (["url"], "spurious", None)]
+    if len(some) < len(plan):
+        raise ValueError(f"SAE {sae}: expected {len(plan)} features that fire in some rollouts, found {len(some)}")
+    rows = []
+    for n, (index, (families, verdict, role)) in enumerate(zip(some, plan)):
+        row = {"sae": sae, "index": index, "label": f"made up {index}", "families": families, "verdict": verdict}
+        if role:
+            row["role"] = role
+        if n % 4 == 0:
+            positive = peaks[:, index][peaks[:, index] > 0].sort().values
+            row["activation_min"] = round(float(positive[len(positive) // 2]) * 0.9, 6)
+        rows.append(row)
+    if rare:
+        rows.append({"sae": sae, "index": rare[0], "label": "rare “feature”", "families": ["rare"], "verdict": "spurious"})
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--only", nargs="*", choices=sorted(CASES), help="these cases, not all")
+    parser.add_argument("--list", action="store_true", help="names of the cases")
+    args = parser.parse_args()
+    if args.list:
+        print("\n".join(CASES))
+        return 0
+    if args.out is None:
+        parser.error("expected a folder to write to")
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    for name in args.only or CASES:
+        folder = make_case(args.out, name)
+        size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+        print(f"{name}: {size / 1e6:.2f} MB", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""The reward model: transformers' own classes, opened at the hooks with forward hooks.
+
+A *site* is a point of the residual stream or of one sublayer: (layer, kind) with kind pre, attn, mid, mlp or post.
+The post of layer L and the pre of L+1 are one point, written (L, "post").
+"""
+
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+KINDS = ("pre", "attn", "mid", "mlp", "post")
+_HOOK = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)$")
+
+
+def site_of(hook: str) -> tuple[int, str]:
+    """(layer, kind) of a hook name."""
+    match = _HOOK.match(hook)
+    if match is None:
+        raise ValueError(f"hook: expected blocks.L.hook_resid_pre|resid_mid|resid_post|attn_out|mlp_out, found {hook!r}")
+    layer = int(match[1])
+    kind = match[2].replace("resid_", "").replace("_out", "")
+    return (layer - 1, "post") if kind == "pre" and layer > 0 else (layer, kind)
+
+
+def site_order(site: tuple[int, str]) -> tuple[int, int]:
+    return site[0], KINDS.index(site[1])
+
+
+class RewardModel:
+    """One rollout at a time through a *ForSequenceClassification model, with a function at every site asked for."""
+
+    def __init__(self, path: Path, dtype: str, head_index: int | None):
+        torch_dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f64": torch.float64}[dtype]
+        self.config = AutoConfig.from_pretrained(path)
+        self.net = AutoModelForSequenceClassification.from_pretrained(
+            path, config=self.config, dtype=torch_dtype, attn_implementation="eager")
+        self.net.eval().requires_grad_(False)
+        self.dtype = torch_dtype
+        self.base = getattr(self.net, self.net.base_model_prefix)
+        self.layers = self.base.h if hasattr(self.base, "h") else self.base.layers
+        self.vocab_rows = self.net.get_input_embeddings().weight.shape[0]
+        heads = self.net.score.weight.shape[0]
+        if heads > 1 and head_index is None:
+            raise ValueError(f"model.head_index: expected an index below {heads}, found none")
+        self.head = head_index or 0
+
+    def _attach(self, site: tuple[int, str], fn):
+        layer = self.layers[site[0]]
+
+        def on_output(_module, _args, out):
+            if isinstance(out, tuple):
+                return (fn(out[0]), *out[1:])
+            return fn(out)
+
+        def on_input(_module, args):
+            return (fn(args[0]), *args[1:])
+
+        def in_place(_module, args):
+            # The block keeps its own name for this tensor (the residual), so the new value is written into it.
+            args[0].copy_(fn(args[0]))
+
+        kind = site[1]
+        if kind == "post":
+            return layer.register_forward_hook(on_output)
+        if kind == "pre":
+            return layer.register_forward_pre_hook(on_input)
+        if kind == "attn":
+            return (layer.attn if hasattr(layer, "attn") else layer.self_attn).register_forward_hook(on_output)
+        if kind == "mlp":
+            return layer.mlp.register_forward_hook(on_output)
+        if not hasattr(layer, "post_attention_layernorm"):
+            raise ValueError("hook_resid_mid: expected a sequential block, found a parallel one")
+        return layer.post_attention_layernorm.register_forward_pre_hook(in_place)
+
+    @contextmanager
+    def _hooked(self, sites: dict):
+        handles = [self._attach(site, fn) for site, fn in sites.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def reward(self, ids: list[int], sites: dict | None = None) -> torch.Tensor:
+        """The head's output at the last position, a scalar. sites: {site: function of (1, T, d) giving (1, T, d)}."""
+        with self._hooked(sites or {}):
+            hidden = self.base(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state
+            return self.net.score(hidden)[0, -1, self.head]
+
+    def transformers_reward(self, ids: list[int]) -> float:
+        """What the model's own forward returns (its own pooling)."""
+        with torch.no_grad():
+            return float(self.net(input_ids=torch.tensor([ids]), use_cache=False).logits[0, self.head])
