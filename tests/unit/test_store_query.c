@@ -190,15 +190,15 @@ static void test_store_queries_equal_a_plain_model(void **state)
     printf("seed %llu\n", (unsigned long long)SEED);
     model_fill(m, &random);
     model_commit(m, s);
-    for (i = 0; i < 1500; i++) {
+    for (i = 0; i < 700; i++) {
         spurion_store_query q = model_query(&random);
-        if (i == 500) { /* also from files, not only from memory */
+        if (i == 300) { /* also from files, not only from memory */
             spurion_store_close(s);
             s = open_store(p);
         }
         check_query(m, s, &q, &random, &pages);
     }
-    assert_true(pages > 1500);
+    assert_true(pages > 700);
     spurion_store_close(s);
     free(m);
 }

@@ -352,6 +352,9 @@ static void test_tokenizer_refuses_what_it_does_not_know_by_name(void **state)
     assert_refused(
         WITH("\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"Regex\":\"(\"},\"behavior\":\"Isolated\",\"invert\":false}"),
         SPURION_INVALID_ARGUMENT, "expected a regex");
+    assert_refused(WITH("\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"Regex\":\"\\\\p{nonsense}\"},"
+                        "\"behavior\":\"Isolated\",\"invert\":false}"),
+                   SPURION_INVALID_ARGUMENT, "{nonsense}");
     assert_refused(
         WITH("\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"String\":\"\"},\"behavior\":\"Isolated\",\"invert\":false}"),
         SPURION_UNIMPLEMENTED, "at least one character");
