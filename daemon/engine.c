@@ -11,6 +11,8 @@
 #include "daemon/rules.h"
 
 #define HOST_RESERVE_BYTES ((size_t)192 << 20) /* code, libraries, tokenizer, jobs in flight: beside the planned blocks */
+#define IN_HAND_BYTES ((size_t)4 << 20)        /* rollouts in hand while a pass runs: their arenas, the lines of JSON */
+#define IN_HAND_ROW_BYTES 256                  /* and for each token of a full pass: ids, texts, evidence */
 
 /* What create holds until the device has it. */
 typedef struct loading {
@@ -206,6 +208,13 @@ out:
     return st;
 }
 
+/* Zeroed memory whose pages are there: what is stated beforehand is what is resident. */
+static void *touched(size_t count, size_t size)
+{
+    void *p = malloc(count * size + 1);
+    return p ? memset(p, 0, count * size + 1) : NULL;
+}
+
 static spurion_status host_take(spurion_engine *e, int i)
 {
     const spurion_sae *s = e->saes[i];
@@ -213,18 +222,18 @@ static spurion_status host_take(spurion_engine *e, int i)
     spurion_tally *y = &e->tally[i];
     size_t n = (size_t)e->rows_max, cells = n * (size_t)s->full.slots, F = (size_t)s->full.F;
 
-    h->count = calloc(n, sizeof *h->count);
-    h->index = calloc(cells, sizeof *h->index);
-    h->value = calloc(cells, sizeof *h->value);
-    h->attribution = e->gradients ? calloc(cells, sizeof *h->attribution) : NULL;
-    h->xg = calloc(n, sizeof *h->xg);
-    h->bg = calloc(n, sizeof *h->bg);
-    y->attribution = calloc(F, sizeof *y->attribution);
-    y->activation_sum = calloc(F, sizeof *y->activation_sum);
-    y->activation_max = calloc(F, sizeof *y->activation_max);
-    y->peak = calloc(F, sizeof *y->peak);
-    y->touched = calloc(F, sizeof *y->touched);
-    y->entry_of = malloc(F * sizeof *y->entry_of);
+    h->count = touched(n, sizeof *h->count);
+    h->index = touched(cells, sizeof *h->index);
+    h->value = touched(cells, sizeof *h->value);
+    h->attribution = e->gradients ? touched(cells, sizeof *h->attribution) : NULL;
+    h->xg = touched(n, sizeof *h->xg);
+    h->bg = touched(n, sizeof *h->bg);
+    y->attribution = touched(F, sizeof *y->attribution);
+    y->activation_sum = touched(F, sizeof *y->activation_sum);
+    y->activation_max = touched(F, sizeof *y->activation_max);
+    y->peak = touched(F, sizeof *y->peak);
+    y->touched = touched(F, sizeof *y->touched);
+    y->entry_of = touched(F, sizeof *y->entry_of);
     if (!h->count || !h->index || !h->value || (e->gradients && !h->attribution) || !h->xg || !h->bg || !y->attribution ||
         !y->activation_sum || !y->activation_max || !y->peak || !y->touched || !y->entry_of) {
         return out_of_memory("the features of a pass");
@@ -293,19 +302,29 @@ out:
     return st;
 }
 
-/* Resident bytes of this process now. */
-static size_t resident_bytes(void)
+/* A line of /proc/self/status in bytes: "VmRSS:" now, "VmHWM:" the most so far. */
+static size_t resident_bytes(const char *what)
 {
-    size_t total = 0, resident = 0;
-    FILE *f = fopen("/proc/self/statm", "r");
+    char line[256];
+    size_t kib = 0;
+    FILE *f = fopen("/proc/self/status", "r");
 
-    if (f) {
-        if (fscanf(f, "%zu %zu", &total, &resident) != 2) {
-            resident = 0;
+    while (f && fgets(line, sizeof line, f)) {
+        if (strncmp(line, what, strlen(what)) == 0) {
+            kib = strtoul(line + strlen(what), NULL, 10);
         }
+    }
+    if (f) {
         fclose(f);
     }
-    return resident * (size_t)sysconf(_SC_PAGESIZE);
+    return kib << 10;
+}
+
+/* The most that will be resident: the load's own peak, or what is there now and the rollouts in hand. */
+static size_t peak_estimate(const spurion_engine *e)
+{
+    size_t load = resident_bytes("VmHWM:"), work = resident_bytes("VmRSS:") + IN_HAND_BYTES + (size_t)e->rows_max * IN_HAND_ROW_BYTES;
+    return load > work ? load : work;
 }
 
 spurion_status spurion_engine_create(spurion_engine **out, const spurion_config *config)
@@ -338,7 +357,7 @@ spurion_status spurion_engine_create(spurion_engine **out, const spurion_config 
     e->sequence.config = config;
     e->sequence.model = &e->model->config;
     e->sequence.vocab = e->model->vocab;
-    e->peak_bytes = resident_bytes() + e->host_bytes;
+    e->peak_bytes = peak_estimate(e);
     *out = e;
     e = NULL;
 out:

@@ -10,7 +10,7 @@ spurion_json_line spurion_json_rollout(spurion_job *job, spurion_json_names *nam
 {
     spurion_memory m = {take, &job->arena};
     spurion_json_read read;
-    spurion_json_line kind = spurion_json_read_rollout(&job->rollout, &read, &m, line, size);
+    spurion_json_line kind = spurion_json_read_rollout(&job->rollout, &read, &m, NULL, line, size);
 
     *names = read.names;
     *group_known = read.group_known;

@@ -13,6 +13,7 @@
 #include "daemon/config.h"
 #include "daemon/engine.h"
 #include "daemon/judge.h"
+#include "daemon/pipeline.h"
 
 /* sysexits.h, and 3 for an input of which some was refused; documented in --help and docs/operations.md */
 enum exit_code {
@@ -31,20 +32,21 @@ enum exit_code {
 
 #define OVERRIDES_MAX 64
 
-typedef enum command { COMMAND_NONE, COMMAND_JUDGE, COMMAND_CHECK, COMMAND_PRINT, COMMAND_CHECK_CONFIG, COMMAND_EXAMPLE, COMMAND_VERSION, COMMAND_HELP } command;
+typedef enum command { COMMAND_NONE, COMMAND_RUN, COMMAND_JUDGE, COMMAND_CHECK, COMMAND_PRINT, COMMAND_CHECK_CONFIG, COMMAND_EXAMPLE, COMMAND_VERSION, COMMAND_HELP } command;
 
 typedef struct arguments {
     command command;
     const char *config;
     const char *overrides[OVERRIDES_MAX];
     int override_count;
-    bool tokens, profile;
+    bool tokens, profile, log_level;
 } arguments;
 
 static const struct {
     const char *name;
     command command;
-} commands[] = {{"judge", COMMAND_JUDGE},
+} commands[] = {{"run", COMMAND_RUN},
+                {"judge", COMMAND_JUDGE},
                 {"check", COMMAND_CHECK},
                 {"print-config", COMMAND_PRINT},
                 {"check-config", COMMAND_CHECK_CONFIG},
@@ -53,11 +55,13 @@ static const struct {
                 {"help", COMMAND_HELP}};
 
 static const char usage[] =
-    "usage: spuriond judge --config FILE [--tokens] [--profile] < rollouts.jsonl > verdicts.jsonl\n"
+    "usage: spuriond run --config FILE\n"
+    "       spuriond judge --config FILE [--tokens] [--profile] < rollouts.jsonl > verdicts.jsonl\n"
     "       spuriond check --config FILE\n"
     "       spuriond print-config | check-config --config FILE\n"
     "       spuriond example-config\n"
     "\n"
+    "run             the daemon: listen, judge, store, alert, answer, until SIGTERM\n"
     "judge           one verdict for each rollout, in the order of the input\n"
     "check           load model, SAEs, catalogue and rules; say what was found and the peak of memory to expect\n"
     "print-config    the configuration in force, with the origin of each value\n"
@@ -70,10 +74,10 @@ static const char usage[] =
     "      --profile            judge: after the end one JSON object on stderr with times and work done\n"
     "      --print-config       as the command\n"
     "      --check-config       as the command\n"
-    "      --log-level LEVEL    debug, info, warn (default) or error\n"
+    "      --log-level LEVEL    debug, info (default of run), warn (default otherwise) or error\n"
     "      --version, --help\n"
     "\n"
-    "exit status: 0 all judged; 3 some refused; 64 usage; 65 data of model or SAEs corrupt; 69 a service missing; 70 internal error;\n"
+    "exit status: 0 all judged, or stopped as asked; 3 some refused; 64 usage; 65 data of model or SAEs corrupt; 69 a service missing; 70 internal error;\n"
     "             71 out of memory; 74 input or output failed; 75 try again; 77 permission; 78 configuration\n";
 
 /* What a failure to load or to run means for who started us. */
@@ -167,7 +171,10 @@ static int read_arguments(arguments *a, int argc, char **argv)
         case PROFILE: a->profile = true; break;
         case PRINT: instead = COMMAND_PRINT; break;
         case CHECK: instead = COMMAND_CHECK_CONFIG; break;
-        case LEVEL: status = set_log_level(optarg); break;
+        case LEVEL:
+            status = set_log_level(optarg);
+            a->log_level = true;
+            break;
         case VERSION: instead = COMMAND_VERSION; break;
         case 'h': instead = COMMAND_HELP; break;
         default: status = EXIT_BAD_USAGE; break; /* getopt has told */
@@ -221,6 +228,20 @@ static int run_check(const spurion_config *config)
     return EXIT_ALL;
 }
 
+/* Does not return: nng's threads are still there, so the process leaves by _exit once its streams are flushed. */
+static _Noreturn void run_daemon(const arguments *a, const spurion_config *config)
+{
+    int status;
+
+    if (!a->log_level) {
+        spurion_log_level_set(SPURION_LOG_INFO);
+    }
+    status = spurion_pipeline_run(config);
+    (void)fflush(stdout);
+    (void)fflush(stderr);
+    _exit(status);
+}
+
 static int with_config(const arguments *a)
 {
     spurion_config config;
@@ -236,6 +257,7 @@ static int with_config(const arguments *a)
         return EXIT_BAD_CONFIG;
     }
     switch (a->command) {
+    case COMMAND_RUN: run_daemon(a, &config); break;
     case COMMAND_JUDGE: status = run_judge(a, &config); break;
     case COMMAND_CHECK: status = run_check(&config); break;
     case COMMAND_PRINT: spurion_config_print(&config, stdout); break;

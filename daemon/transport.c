@@ -2,6 +2,7 @@
  * nng while it receives or sends, the handler's side in between; the hand-over is nng's own lock. */
 #include "daemon/transport.h"
 
+#include <arpa/inet.h>
 #include <errno.h>
 #include <grp.h>
 #include <pwd.h>
@@ -304,7 +305,15 @@ static spurion_status make_parents(const char *path)
 
 static bool is_loopback(const char *host)
 {
-    return host != NULL && (strcmp(host, "localhost") == 0 || strncmp(host, "127.", 4) == 0 || strcmp(host, "::1") == 0);
+    struct in_addr four;
+
+    if (host == NULL) {
+        return false;
+    }
+    if (inet_pton(AF_INET, host, &four) == 1) {
+        return ntohl(four.s_addr) >> 24 == 127;
+    }
+    return strcmp(host, "localhost") == 0 || strcmp(host, "::1") == 0;
 }
 
 static spurion_status check_url(const char *url, bool insecure)

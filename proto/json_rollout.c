@@ -103,13 +103,20 @@ static spurion_status read_whole(int64_t *out, bool *readable, const char *field
 }
 
 /* The names; the first fault is kept, and every name is read as far as it goes. */
-static spurion_status read_names(spurion_rollout *r, bool *group_known, const spurion_memory *m, const line_fields *fields)
+static spurion_status read_names(spurion_rollout *r, bool *group_known, const spurion_memory *m, const spurion_bytes *run_given,
+                                 const line_fields *fields)
 {
     spurion_status faults[4], st = spurion_ok();
     bool run, step, group, id, attempt = true;
     int64_t number = 0;
 
-    faults[0] = read_name(&r->run, &run, m, "run", fields->value[RUN]);
+    if (run_given) {
+        faults[0] = spurion_ok();
+        r->run = *run_given;
+        run = true;
+    } else {
+        faults[0] = read_name(&r->run, &run, m, "run", fields->value[RUN]);
+    }
     faults[1] = read_name(&r->group, &group, m, "group", fields->value[GROUP]);
     faults[2] = read_name(&r->id, &id, m, "id", fields->value[ID]);
     faults[3] = read_whole(&r->step, &step, "step", fields->value[STEP], INT64_MAX);
@@ -278,7 +285,8 @@ static spurion_bytes keep(const spurion_memory *m, spurion_json_value v)
     return out;
 }
 
-spurion_json_line spurion_json_read_rollout(spurion_rollout *out, spurion_json_read *read, const spurion_memory *m, const char *line, size_t size)
+spurion_json_line spurion_json_read_rollout(spurion_rollout *out, spurion_json_read *read, const spurion_memory *m, const spurion_bytes *run,
+                                           const char *line, size_t size)
 {
     spurion_json_value object;
     line_fields fields;
@@ -293,7 +301,7 @@ spurion_json_line spurion_json_read_rollout(spurion_rollout *out, spurion_json_r
         return SPURION_LINE_NO_OBJECT;
     }
     sort_members(&fields, object);
-    st = read_names(out, &read->group_known, m, &fields);
+    st = read_names(out, &read->group_known, m, run, &fields);
     if (st.code == SPURION_OK) {
         read->named = true;
         st = read_fields(out, m, &fields);

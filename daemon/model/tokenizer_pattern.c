@@ -7,8 +7,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Oniguruma of this system may follow another Unicode version than the one inside the library. Categories (\p{Lu}, \d) are
- * therefore written out as ranges from our table before it compiles the pattern. */
+/* Oniguruma of this system may follow another Unicode version than the one inside the library. Categories (\p{Lu}, \d), \w and \b
+ * are therefore written out as ranges from our table before it compiles the pattern. What stays with the system's tables: scripts
+ * and other properties (\p{Han}), POSIX brackets, and the case of letters under (?i). */
 
 static const char regex_gpt2[] = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+";
 static const char regex_chat_head[] = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}";
@@ -45,46 +46,73 @@ static void put(text_out *o, const char *s, size_t n)
     o->data[o->count] = '\0';
 }
 
-/* [ranges] of the categories in bits, surrogates left out: no text has them. */
-static void put_categories(text_out *o, uint32_t bits, bool negative)
+static void put_text(text_out *o, const char *s)
+{
+    put(o, s, strlen(s));
+}
+
+#define BITS_WORD 0 /* stands for \w in the place of categories */
+
+/* Is a run of the class table in \p{..} of bits, or in \w? Oniguruma's \w differs from that of Rust's regex in eight characters. */
+static bool is_member(uint32_t run, uint32_t bits)
+{
+    uint32_t category = run & SPURION_UNICODE_CATEGORY;
+    if (bits != BITS_WORD) {
+        return (bits >> category & 1) != 0 && category != SPURION_UNICODE_CS; /* no text has surrogates */
+    }
+    return ((run & SPURION_UNICODE_WORD) != 0 && category != SPURION_UNICODE_CF) ||
+           (category == SPURION_UNICODE_NO && run >> 8 < 0x100);
+}
+
+/* The set as ranges in brackets. Alone, it is kept from being folded under (?i), as Oniguruma does with a property; within
+ * brackets it is folded, as there. */
+static void put_set(text_out *o, uint32_t bits, bool negative, bool within_brackets)
 {
     uint32_t begin = 0;
     bool inside = false;
 
-    bits &= ~(1u << SPURION_UNICODE_CS);
-    put(o, negative ? "[^" : "[", negative ? 2 : 1);
+    put_text(o, within_brackets ? "[" : "(?-i:[");
+    put_text(o, negative ? "^" : "");
     for (size_t i = 0; i <= spurion_unicode_run_count; i++) {
         bool last = i == spurion_unicode_run_count;
         uint32_t at = last ? SPURION_UNICODE_CODE_POINTS : spurion_unicode_runs[i] >> 8;
-        bool member = !last && (bits >> (spurion_unicode_runs[i] & SPURION_UNICODE_CATEGORY) & 1) != 0;
+        bool member = !last && is_member(spurion_unicode_runs[i], bits);
         if (member && !inside) {
             begin = at;
         } else if (!member && inside) {
             char range[48];
-            int n = snprintf(range, sizeof range, "\\x{%x}-\\x{%x}", (unsigned)begin, (unsigned)(at - 1));
-            put(o, range, (size_t)n);
+            (void)snprintf(range, sizeof range, "\\x{%x}-\\x{%x}", (unsigned)begin, (unsigned)(at - 1));
+            put_text(o, range);
         }
         inside = member;
     }
-    put(o, "]", 1);
+    put_text(o, within_brackets ? "]" : "])");
 }
 
-/* Writes out the property escape at s[i] (a backslash); returns its length, or 0 when it is left to Oniguruma. */
-static size_t put_property(text_out *o, const char *s, size_t n, size_t i)
+/* A word boundary (or what is none) with our \w. */
+static void put_boundary(text_out *o, bool is_boundary)
 {
-    char letter = i + 1 < n ? s[i + 1] : '\0';
-    size_t name, end;
-    bool negative = letter == 'P' || letter == 'D';
+    put_text(o, "(?:(?<=");
+    put_set(o, BITS_WORD, false, false);
+    put_text(o, is_boundary ? ")(?!" : ")(?=");
+    put_set(o, BITS_WORD, false, false);
+    put_text(o, ")|(?<!");
+    put_set(o, BITS_WORD, false, false);
+    put_text(o, is_boundary ? ")(?=" : ")(?!");
+    put_set(o, BITS_WORD, false, false);
+    put_text(o, "))");
+}
+
+/* Writes out \p{name}, \P{name}, \p{^name} at s[i]; returns its length, or 0 when the name is no category. */
+static size_t put_property(text_out *o, const char *s, size_t n, size_t i, bool within_brackets)
+{
+    bool negative = s[i + 1] == 'P';
+    size_t name = i + 3, end;
     uint32_t bits;
 
-    if (letter == 'd' || letter == 'D') {
-        put_categories(o, 1u << SPURION_UNICODE_ND, negative);
-        return 2;
-    }
-    if ((letter != 'p' && letter != 'P') || i + 2 >= n || s[i + 2] != '{') {
+    if (i + 2 >= n || s[i + 2] != '{') {
         return 0;
     }
-    name = i + 3;
     for (end = name; end < n && s[end] != '}'; end++) {
     }
     if (end == n) {
@@ -98,64 +126,66 @@ static size_t put_property(text_out *o, const char *s, size_t n, size_t i)
     if (bits == 0) {
         return 0;
     }
-    put_categories(o, bits, negative);
+    put_set(o, bits, negative, within_brackets);
     return end + 1 - i;
 }
 
-/* Does the group that opens at s[i] switch case-insensitivity on? *whole when for the rest of the group around it. */
-static bool ignores_case(bool *whole, const char *s, size_t n, size_t i)
+/* Writes the escape at s[i] (a backslash), with our sets in the place of Oniguruma's; returns its length. */
+static size_t put_escape(text_out *o, const char *s, size_t n, size_t i, bool within_brackets)
 {
-    bool on = true, ignore = false;
-    *whole = false;
-    if (i + 2 >= n || s[i + 1] != '?') {
-        return false;
-    }
-    for (i += 2; i < n && s[i] != ':' && s[i] != ')'; i++) {
-        if (s[i] == '-') {
-            on = false;
-        } else if (s[i] == 'i') {
-            ignore = on;
-        } else if (strchr("mxWDSPy{}ga", s[i]) == NULL) {
-            return false;
+    size_t taken = 0;
+
+    switch (i + 1 < n ? s[i + 1] : '\0') {
+    case 'p':
+    case 'P':
+        taken = put_property(o, s, n, i, within_brackets);
+        break;
+    case 'd':
+    case 'D':
+        put_set(o, 1u << SPURION_UNICODE_ND, s[i + 1] == 'D', within_brackets);
+        return 2;
+    case 'w':
+    case 'W':
+        put_set(o, BITS_WORD, s[i + 1] == 'W', within_brackets);
+        return 2;
+    case 'b':
+    case 'B':
+        if (!within_brackets) {
+            put_boundary(o, s[i + 1] == 'b');
+            return 2;
         }
+        break;
+    default:
+        break;
     }
-    *whole = i < n && s[i] == ')';
-    return ignore;
+    if (taken == 0) {
+        taken = i + 1 < n ? 2 : 1;
+        put(o, s + i, taken);
+    }
+    return taken;
 }
 
-/* The pattern with categories written out. Inside case-insensitive groups they stay: a class of ranges would be folded. */
 static void put_pattern(text_out *o, const char *s, size_t n)
 {
-    int depth = 0, insensitive_depth = -1, brackets = 0;
+    int brackets = 0;
 
     for (size_t i = 0; i < n && !o->failed; i++) {
-        bool whole = false;
         if (s[i] == '\\') {
-            size_t taken = insensitive_depth < 0 ? put_property(o, s, n, i) : 0;
-            if (taken == 0) {
-                taken = i + 1 < n ? 2 : 1;
-                put(o, s + i, taken);
-            }
-            i += taken - 1;
+            i += put_escape(o, s, n, i, brackets > 0) - 1;
             continue;
         }
+        put(o, s + i, 1);
         if (s[i] == '[') {
             brackets++;
+            if (i + 1 < n && s[i + 1] == '^') {
+                put(o, s + ++i, 1);
+            }
+            if (i + 1 < n && s[i + 1] == ']') { /* first in its brackets: a character */
+                put(o, s + ++i, 1);
+            }
         } else if (s[i] == ']' && brackets > 0) {
             brackets--;
-        } else if (s[i] == '(' && brackets == 0) {
-            bool ignore = ignores_case(&whole, s, n, i);
-            depth++;
-            if (ignore && insensitive_depth < 0) {
-                insensitive_depth = whole ? depth - 1 : depth;
-            }
-        } else if (s[i] == ')' && brackets == 0) {
-            depth--;
-            if (depth < insensitive_depth) {
-                insensitive_depth = -1;
-            }
         }
-        put(o, s + i, 1);
     }
 }
 

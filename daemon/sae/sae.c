@@ -250,8 +250,14 @@ size_t spurion_sae_buffer_bytes(const spurion_sae *s, int rows, bool gradients, 
 
 static spurion_status block(void *out, spurion_sae *s, size_t bytes)
 {
+    spurion_status st;
+    void **p = out;
+
     s->buffer_bytes += bytes;
-    return s->dev->ops->alloc(s->dev, (void **)out, bytes ? bytes : 64);
+    SPURION_TRY(st, s->dev->ops->alloc(s->dev, p, bytes ? bytes : 64));
+    SPURION_TRY(st, s->dev->ops->zero(s->dev, *p, bytes ? bytes : 64)); /* touched now */
+out:
+    return st;
 }
 
 static spurion_status sparse_reserve(spurion_sparse *f, spurion_sae *s, int rows, int slots)

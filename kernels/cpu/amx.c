@@ -38,6 +38,7 @@ void spurion_amx_begin(void)
         config.column_bytes[i] = 64;
         config.rows[i] = 16;
     }
+    __asm__ volatile("" ::"r"(&config) : "memory"); /* gcc's intrinsic names 8 bytes of the operand: keep the stores before it */
     _tile_loadconfig(&config);
 }
 
@@ -68,8 +69,23 @@ void spurion_amx_pack(uint16_t *panel, const uint16_t *dense, int outputs, int i
     }
 }
 
-/* Four (or, for at most 16 rows, two) accumulators over all of k, into c (32, 32). Tiles: 0-3 C, 4-5 A, 6-7 B. */
-static inline void panel_block(float *c, size_t c_stride, const uint16_t *a, size_t a_stride, const uint16_t *b, size_t steps, bool both)
+/* Asks for the lines that a block will be written to while it is computed: four of its 64 in each step. A miss on a store to memory
+ * costs more than the block's arithmetic. */
+static inline void prefetch_output(const float *out, size_t stride, size_t step)
+{
+    if (step < 16) {
+        const float *row = out + 2 * step * stride;
+        __builtin_prefetch(row, 1, 3);
+        __builtin_prefetch(row + 16, 1, 3);
+        __builtin_prefetch(row + stride, 1, 3);
+        __builtin_prefetch(row + stride + 16, 1, 3);
+    }
+}
+
+/* Four (or, for at most 16 rows, two) accumulators over all of k, into c (32, 32). Tiles: 0-3 C, 4-5 A, 6-7 B.
+ * goal: where the 32 rows end up, or NULL. */
+static inline __attribute__((always_inline)) void panel_block(float *c, size_t c_stride, const uint16_t *a, size_t a_stride, const uint16_t *b,
+                                                              size_t steps, bool both, const float *goal, size_t goal_stride)
 {
     size_t row = a_stride * sizeof *a;
     const uint16_t *low = a + 16 * a_stride;
@@ -87,6 +103,9 @@ static inline void panel_block(float *c, size_t c_stride, const uint16_t *a, siz
             _tile_loadd(5, low, row);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
+            if (goal != NULL) {
+                prefetch_output(goal, goal_stride, k);
+            }
             a += SPURION_AMX_STEP;
             low += SPURION_AMX_STEP;
             b += 2 * TILE_WORDS;
@@ -127,10 +146,11 @@ static inline void write_row(float *out, const float *c, const float *bias, int 
 static void product_direct(float *out, size_t out_stride, const uint16_t *a, size_t a_stride, const uint16_t *weights, int rows, int outputs,
                            size_t steps)
 {
-    for (int n = 0; n < outputs; n += SPURION_AMX_COLUMNS) {
-        for (int m = 0; m < rows; m += 32) {
-            panel_block(out + (size_t)m * out_stride + n, out_stride, a + (size_t)m * a_stride, a_stride,
-                        weights + (size_t)(n / SPURION_AMX_COLUMNS) * steps * 2 * TILE_WORDS, steps, true);
+    for (int m = 0; m < rows; m += 32) {
+        for (int n = 0; n < outputs; n += SPURION_AMX_COLUMNS) {
+            float *c = out + (size_t)m * out_stride + n;
+            panel_block(c, out_stride, a + (size_t)m * a_stride, a_stride,
+                        weights + (size_t)(n / SPURION_AMX_COLUMNS) * steps * 2 * TILE_WORDS, steps, true, c, out_stride);
         }
     }
 }
@@ -143,8 +163,9 @@ static void product_columns(float *out, size_t out_stride, const uint16_t *a, si
     for (int m = 0; m < rows; m += 32) {
         int left = rows - m;
         for (int n = 0; n < outputs; n += SPURION_AMX_COLUMNS) {
-            panel_block(c + n, BLOCK_STRIDE, a + (size_t)m * a_stride, a_stride, weights + (size_t)(n / SPURION_AMX_COLUMNS) * steps * 2 * TILE_WORDS, steps,
-                        left > 16);
+            panel_block(c + n, BLOCK_STRIDE, a + (size_t)m * a_stride, a_stride,
+                        weights + (size_t)(n / SPURION_AMX_COLUMNS) * steps * 2 * TILE_WORDS, steps, left > 16,
+                        left >= 32 ? out + (size_t)m * out_stride + n : NULL, out_stride);
         }
         for (int r = 0; r < left && r < 32; r++) {
             write_row(out + (size_t)(m + r) * out_stride, c + r * BLOCK_STRIDE, bias, outputs, accumulate);

@@ -1,10 +1,11 @@
 """A trainer process for the tests: publishes groups step by step over the tap, fills what was missed, survives restarts of the daemon.
 
-usage: publisher.py SOURCE RPC TAP RUN NAME STEPS GROUPS MEMBERS RING SEED. Prints one JSON line: what it sent, and what was lost.
-With RING smaller than what is sent and SEED odd numbers of messages are dropped on purpose (every third is kept back), so that the
-ring matters.
+usage: publisher.py SOURCE RPC TAP RUN NAME STEPS GROUPS MEMBERS RING SEED [STOP]. Prints one JSON line: what it sent, and what was lost.
+Three of ten messages are kept back on purpose, so that Sync and the ring matter. With a file STOP it ends after the step in which that
+file appears, at the latest after STEPS steps.
 """
 import json
+import os
 import random
 import sys
 import time
@@ -60,8 +61,12 @@ def main():
     rpc = connect(rpc_url, m, deadline)
     p = wire.Publisher(tap_url, rpc, run, name, epoch=seed + 1, ring=ring)
     synced(p, rpc_url, tap_url, False, m, deadline)  # READY
-    sent = 0
+    sent, step = 0, 0
+    stop = sys.argv[11] if len(sys.argv) > 11 else None
     for step in range(steps):
+        if stop and os.path.exists(stop):
+            steps = step
+            break
         for g in range(groups):
             group = f"{name}-s{step}-g{g}"
             members_of = [daemon.short(m, run, step, group, i, group_size=members) for i in range(members)]
@@ -74,7 +79,7 @@ def main():
         if ring >= 1 << 20:
             synced(p, rpc_url, tap_url, False, m, deadline)
     r = synced(p, rpc_url, tap_url, True, m, deadline)
-    print(json.dumps({"name": name, "sent": sent, "lost": p.lost_rollouts, "told_lost": r.lost_rollouts, "told_messages": r.lost_messages,
+    print(json.dumps({"name": name, "steps": steps, "sent": sent, "lost": p.lost_rollouts, "told_lost": r.lost_rollouts, "told_messages": r.lost_messages,
                       "lost_messages": len(p.lost)}))
 
 

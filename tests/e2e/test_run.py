@@ -51,7 +51,8 @@ def test_run_scores_what_judge_scores(up, m):
     for v, (_, e) in zip(reply.verdicts, pairs):
         assert v.code == 0 and v.id.decode() == e["id"]
         assert abs(v.reward - e["reward"]) < 1e-4 and abs(v.effect - e["effect"]) < 1e-4
-        assert [r.decode() for r in v.flag_rule] == [f["rule"] for f in e["flags"]]
+        alone = {"url-lowers", "thanks-raises"}  # these rules look at one rollout; groups are put together differently in a file
+        assert {r.decode() for r in v.flag_rule} & alone == {f["rule"] for f in e["flags"]} & alone
         assert v.provenance and len(v.feature_index) == len(e["features"])
     assert any(v.flag_rule for v in reply.verdicts)
 
@@ -228,10 +229,10 @@ def assert_once(rpc, run, identities):
 
 # ---- the tap ----
 
-def publish(d, run, count, steps=3, groups=3, members=4, ring=1 << 30, seed=0):
+def publish(d, run, count, steps=3, groups=3, members=4, ring=1 << 30, seed=0, stop=()):
     """Publisher processes; gives them."""
     return [subprocess.Popen([sys.executable, str(SOURCE / "tests" / "e2e" / "publisher.py"), str(SOURCE), d.rpc_url, d.tap_url, run, f"p{i}",
-                              str(steps), str(groups), str(members), str(ring), str(seed + i)], stdout=subprocess.PIPE) for i in range(count)]
+                              str(steps), str(groups), str(members), str(ring), str(seed + i), *map(str, stop)], stdout=subprocess.PIPE) for i in range(count)]
 
 
 def results(publishers):
@@ -243,15 +244,15 @@ def results(publishers):
     return out
 
 
-def everything(count, steps, groups, members):
-    return {(s, f"p{p}-s{s}-g{g}-{i}".encode()) for p in range(count) for s in range(steps) for g in range(groups) for i in range(members)}
+def everything(told, groups, members):
+    return {(s, f"{t['name']}-s{s}-g{g}-{i}".encode()) for t in told for s in range(t["steps"]) for g in range(groups) for i in range(members)}
 
 
 def test_run_loses_nothing_of_three_publishers(up, m):
     told = results(publish(up, "tap", 3))
     assert [t["lost"] for t in told] == [0, 0, 0] and sum(t["sent"] for t in told) == 108
     rpc = up.connect()
-    rows, alerts = assert_once(rpc, "tap", everything(3, 3, 3, 4))
+    rows, alerts = assert_once(rpc, "tap", everything(told, 3, 4))
     assert all(r.HasField("advantage") for r in rows)  # groups came whole, in two messages each
     for step in range(3):  # closed by the three StepEnds, each with one message for every rule that flagged
         flagged = {rule for r in rows if r.step == step for rule in r.rule}
@@ -271,23 +272,22 @@ def test_run_tells_exactly_what_a_small_ring_lost(up, m):
     assert sorted(status.producer_lost) == sorted(t["lost"] for t in told) and not any(status.producer_missing)
 
 
-def test_run_stores_once_through_kills(d, m):
+def test_run_stores_once_through_kills(d, m, tmp_path):
     """kill -9 at random moments while three processes publish: nothing published is lost, stored, counted or alerted twice."""
-    steps, rng = 4 * KILLS // 2, random.Random(7)
+    rng = random.Random(7)
     d.start()
-    publishers = publish(d, "kill", 3, steps=steps, groups=1, members=2, seed=40)
-    kills = 0
-    while any(p.poll() is None for p in publishers):
-        time.sleep(rng.uniform(0.02, 0.4))
-        if kills < KILLS:
-            d.kill()
-            d.start()
-            kills += 1
-    assert [t["lost"] for t in results(publishers)] == [0, 0, 0]
-    assert kills == KILLS, f"only {kills} kills before the publishers had finished"
+    publishers = publish(d, "kill", 3, steps=100000, groups=1, members=2, seed=40, stop=[tmp_path / "stop"])
+    for _ in range(KILLS):
+        time.sleep(rng.uniform(0.02, 0.4))  # the moment is the point
+        assert all(p.poll() is None for p in publishers)
+        d.kill()
+        d.start()
+    (tmp_path / "stop").touch()
+    told = results(publishers)
+    assert [t["lost"] for t in told] == [0, 0, 0] and min(t["steps"] for t in told) > 0
     rpc = d.connect()
-    rows, alerts = assert_once(rpc, "kill", everything(3, steps, 1, 2))
-    for step in range(steps):
+    rows, alerts = assert_once(rpc, "kill", everything(told, 1, 2))
+    for step in range(min(t["steps"] for t in told)):
         flagged = {rule for r in rows if r.step == step for rule in r.rule} & {b"url-lowers", b"thanks-raises"}
         assert {a.rule for a in alerts if a.step == step and a.kind == 1} == flagged
 
@@ -343,7 +343,7 @@ def test_run_answers_questions(up, m):
     assert catalogue.total == len(catalogue.label) > 10
     assert [i.decode() for i in rpc.call("Rules", m.RulesRequest()).id] == ["url-lowers", "thanks-raises", "any-flip", "both"]
     runs = rpc.call("Runs", m.RunsRequest())
-    assert list(runs.run) == [b"golden"] and list(runs.rollouts) == [len({v.id for v in verdicts})]
+    assert list(runs.run) == [b"golden"] and list(runs.rollouts) == [len({(v.step, v.group, v.id, v.attempt) for v in verdicts})]
     feature = rpc.call("Counts", m.CountsRequest(run=b"golden", kind=2, totals=True))
     assert feature.feature_sae and sum(feature.scored) > 0
     by = all_rows(rpc, "golden", feature_sae=feature.feature_sae[0], feature_index=feature.feature_index[0])
@@ -405,7 +405,7 @@ def test_run_refuses_to_start_where_it_cannot(d, tmp_path):
         return subprocess.run([d.program, "run", "--config", str(d.case / "config.yaml"), *args], stderr=subprocess.PIPE, timeout=60)
     other = status("listen.rpc=[tcp://0.0.0.0:7999]")
     assert other.returncode == 78 and b"loopback" in other.stderr
-    blocked = tmp_path / "store"
+    blocked = tmp_path / "blocked"
     blocked.mkdir()
     (blocked / "something").write_text("else")
-    assert status().returncode == 78
+    assert status(f"store.path={blocked}").returncode == 78

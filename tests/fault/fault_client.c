@@ -98,11 +98,18 @@ static spurion_client *open_client(const char *rpc, const char *tap, const char 
 
 /* ---- publish ---- */
 
-static void pump(spurion_client *c, int ms)
+/* Pumps for so long, and says how far the daemon has confirmed. */
+static void pump(spurion_client *c, uint64_t *stored, int ms)
 {
     int64_t until = now_ms() + ms;
+    spurion_tap_stats stats;
     do {
         (void)spurion_client_pump(c);
+        spurion_client_tap_stats(&stats, c);
+        if (stats.stored_through > *stored) {
+            *stored = stats.stored_through;
+            SAY("stored %" PRIu64 "\n", *stored);
+        }
         pause_ms(10);
     } while (now_ms() < until);
 }
@@ -112,7 +119,7 @@ static int publish(const char *rpc, const char *tap, int index, int64_t steps)
     char producer[16];
     spurion_client *c;
     spurion_tap_stats stats;
-    uint64_t n = 0;
+    uint64_t n = 0, stored = 0;
     spurion_code code;
 
     (void)snprintf(producer, sizeof producer, "p%d", index);
@@ -130,7 +137,9 @@ static int publish(const char *rpc, const char *tap, int index, int64_t steps)
             if (code != SPURION_OK) {
                 SAY("failed publish %d %s\n", (int)code, spurion_client_error(c));
             }
-            pump(c, STEP_PAUSE_MS);
+            spurion_client_tap_stats(&stats, c);
+            SAY("sent %" PRIu64 " %" PRIu64 " %" PRIu64 "\n", stats.sequence, n - GROUP, n - 1);
+            pump(c, &stored, STEP_PAUSE_MS);
         }
         code = spurion_client_step_end(c, step);
         if (code != SPURION_OK) {
@@ -299,7 +308,9 @@ static int dump_counts(spurion_client *c, const char *run, spurion_counts_kind k
     memset(&q, 0, sizeof q);
     q.run = text(run);
     q.kind = kind;
-    q.rule = text(rule);
+    if (kind == SPURION_COUNTS_RULE) {
+        q.rule = text(rule);
+    }
     do {
         spurion_code code = spurion_client_counts(c, &reply, &q, CALL_TIMEOUT_MS);
         if (code != SPURION_OK) {

@@ -178,7 +178,7 @@ def trained():
                                                             end_of_word_suffix="</w>", show_progress=False))
     out["odd-affix"] = odd_added(words)
     for i, (regex, behavior, invert) in enumerate([("\\p{L}+|\\d", "removed", True), ("[aeiou]*", "merged_with_previous", False), ("\\s", "merged_with_next", False),
-                                                   ("(?i)[k\\p{Lu}]|(?<=a)b|(.)\\1", "contiguous", False), ("\\w+(?=\\W)|\\bx", "isolated", False),
+                                                   ("(?i)[k\\p{N}]|\\p{Lu}|(?<=a)b|(.)\\1", "contiguous", False), ("\\w+(?=\\W)|\\bx|[\\b]|[]x]\\B", "isolated", False),
                                                    ("[^\\P{M}a]|\\p{^N}{2}", "contiguous", True)]):
         out["odd-split%d" % i] = byte_level(400, None, seq([split(regex, behavior, invert), bl(add_prefix_space=False, use_regex=i % 2 == 0)]))
     out["odd-normbytes"] = byte_level(700, normalizers.Sequence([normalizers.Replace("e", ""), normalizers.ByteLevel()]), split("\u0120", "merged_with_next"))

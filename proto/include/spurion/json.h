@@ -35,9 +35,9 @@ typedef struct spurion_json_read {
     spurion_status why;   /* of a refusal */
 } spurion_json_read;
 
-/* Reads a line (size bytes, borrowed only for the call). */
-spurion_json_line spurion_json_read_rollout(spurion_rollout *out, spurion_json_read *read, const spurion_memory *m, const char *line,
-                                            size_t size) SPURION_MUST_USE;
+/* Reads a line (size bytes, borrowed only for the call). run: the run of the rollout whatever the line says (borrowed by it), or NULL. */
+spurion_json_line spurion_json_read_rollout(spurion_rollout *out, spurion_json_read *read, const spurion_memory *m, const spurion_bytes *run,
+                                            const char *line, size_t size) SPURION_MUST_USE;
 
 /* A growing text. Zero it to begin. `failed`: memory ran out; what is there is incomplete. */
 typedef struct spurion_text {
