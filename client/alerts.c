@@ -5,6 +5,7 @@
 #include "handle.h"
 
 #define FETCH_LIMIT 64
+#define LOOK_MS 5000 /* an alert sent while the daemon was still making the connection is seen after this long at the latest */
 
 void spurion_alerts_fini(spurion_alerts_state *a)
 {
@@ -40,9 +41,15 @@ static spurion_status fetch(spurion_client *c)
     SPURION_TRY(st, spurion_codec_encode_alerts(&body, &m, &in));
     SPURION_TRY(st, spurion_client_call(c, &answer, "Alerts", body, false, 0));
     SPURION_TRY(st, spurion_codec_decode_alerts_reply(&a->page, &keep, answer));
-    if (a->page.count == 0) {
+    if (a->started && a->page.epoch != a->epoch) { /* another store: its numbers begin anew */
+        a->epoch = a->page.epoch;
+        a->next_seq = 1;
+        a->has_held = false;
+    }
+    if (a->page.count == 0 || a->page.last_seq < a->next_seq) {
         a->fetch_below = 0; /* nothing more is stored */
     }
+    a->look_at_ms = spurion_sp_now_ms() + LOOK_MS;
 out:
     return st;
 }
@@ -176,7 +183,7 @@ spurion_code spurion_client_alert_next(spurion_client *c, spurion_alert *out)
         goto out;
     }
     SPURION_TRY(st, begin(c));
-    if (a->sp.opened != opened) {
+    if (a->sp.opened != opened || spurion_sp_now_ms() >= a->look_at_ms) {
         a->fetch_below = UINT64_MAX; /* a new connection: what came in between is in the store */
     }
     for (int round = 0; round < 3 && !found; round++) {

@@ -10,6 +10,9 @@
 #define SYNC_INTERVAL_MS 1000
 #define RING_BYTES ((size_t)64 << 20)
 #define RETRY_MS 20
+#define ANSWER_KEPT ((size_t)1 << 20) /* a longer answer's memory goes back with the next call */
+#define PAGE_TOKEN_BYTES 256
+#define RESTARTS_MAX 5
 
 /* --- memory of answers --- */
 
@@ -71,7 +74,15 @@ spurion_status spurion_client_enter(spurion_client *c)
                              "this handle was opened by process %ld; expected a handle of its own in process %ld (open one after fork)",
                              (long)c->pid, (long)getpid());
     }
-    spurion_pool_reset(&c->pool);
+    spurion_pool_reset(&c->previous); /* what is asked may borrow from the last answer, a cursor: it stays until the request is packed */
+    c->previous = c->pool;
+    memset(&c->pool, 0, sizeof c->pool);
+    spurion_pool_reset(&c->scratch);
+    if (c->answer_capacity > ANSWER_KEPT) {
+        free(c->answer);
+        c->answer = NULL;
+        c->answer_capacity = 0;
+    }
     return spurion_ok();
 }
 
@@ -161,6 +172,9 @@ void spurion_client_close(spurion_client *c)
     spurion_tap_fini(&c->tap);
     spurion_alerts_fini(&c->alerts);
     spurion_pool_reset(&c->pool);
+    spurion_pool_reset(&c->previous);
+    spurion_pool_reset(&c->scratch);
+    free(c->answer);
     free(c);
 }
 
@@ -176,7 +190,7 @@ uint32_t spurion_client_retry_after_ms(const spurion_client *c)
 
 size_t spurion_client_memory_bytes(const spurion_client *c)
 {
-    return sizeof *c + c->pool.bytes + c->tap.ring_bytes + c->call.frame_capacity + c->call.sp.in_capacity + c->tap.sync.frame_capacity +
+    return sizeof *c + c->pool.bytes + c->previous.bytes + c->scratch.bytes + c->answer_capacity + c->tap.ring_bytes + c->call.frame_capacity + c->call.sp.in_capacity + c->tap.sync.frame_capacity +
            c->tap.sync.sp.in_capacity + c->alerts.sp.in_capacity + c->alerts.pool.bytes + c->alerts.held_pool.bytes;
 }
 
@@ -191,7 +205,7 @@ spurion_status spurion_client_request(spurion_client *c, spurion_bytes *out, con
                                       spurion_bytes key, spurion_bytes page, int timeout_ms)
 {
     spurion_request r = {.call_id = ++c->call_id, .timeout_ms = (uint32_t)timeout_ms, .idempotency_key = key, .body = body, .page_token = page};
-    char *path = spurion_pool_take(&c->pool, sizeof SPURION_METHOD_PREFIX + strlen(method));
+    char *path = m->take(m->context, sizeof SPURION_METHOD_PREFIX + strlen(method));
 
     if (!path) {
         return spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory for a request");
@@ -206,7 +220,7 @@ spurion_status spurion_client_request(spurion_client *c, spurion_bytes *out, con
 static spurion_status call_wait(spurion_client *c, spurion_reply *reply, int64_t deadline)
 {
     spurion_status st;
-    spurion_memory m = spurion_pool_memory(&c->pool);
+    spurion_memory m = spurion_pool_memory(&c->scratch);
     spurion_bytes got;
 
     for (;;) {
@@ -231,11 +245,12 @@ static spurion_status page_call(spurion_client *c, spurion_reply *reply, const c
                                 spurion_bytes page, bool retry, int64_t deadline)
 {
     spurion_status st;
-    spurion_memory m = spurion_pool_memory(&c->pool);
+    spurion_memory m = spurion_pool_memory(&c->scratch);
     spurion_bytes packed;
 
     for (;;) {
         int64_t left = deadline - spurion_sp_now_ms();
+        spurion_pool_reset(&c->scratch);
         SPURION_TRY(st, spurion_client_request(c, &packed, &m, method, body, key, page, left > 0 ? (int)left : 1));
         SPURION_TRY(st, spurion_call_start(&c->call, packed));
         SPURION_TRY(st, call_wait(c, reply, deadline));
@@ -255,40 +270,67 @@ out:
     return st;
 }
 
+/* Adds a page to the answer. */
+static spurion_status answer_add(spurion_client *c, size_t *size, spurion_bytes page)
+{
+    size_t need = *size + page.size + 1;
+
+    if (need > SPURION_DECODE_BYTES_MAX) {
+        return spurion_error(SPURION_RESOURCE_EXHAUSTED, "answer: expected at most %u bytes, found more (ask for less)", SPURION_DECODE_BYTES_MAX);
+    }
+    if (need > c->answer_capacity) {
+        size_t capacity = need > 2 * c->answer_capacity ? need : 2 * c->answer_capacity;
+        char *grown = realloc(c->answer, capacity);
+        if (!grown) {
+            return spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory for an answer of %zu bytes", need);
+        }
+        c->answer = grown;
+        c->answer_capacity = capacity;
+    }
+    if (page.size) {
+        memcpy(c->answer + *size, page.data, page.size);
+    }
+    *size += page.size;
+    c->answer[*size] = '\0';
+    return spurion_ok();
+}
+
 spurion_status spurion_client_call(spurion_client *c, spurion_bytes *out, const char *method, spurion_bytes body, bool retry, int timeout_ms)
 {
     spurion_status st;
     int64_t deadline = spurion_sp_now_ms() + (timeout_ms > 0 ? timeout_ms : c->timeout_ms);
     spurion_bytes key = {(const char *)c->key, sizeof c->key}, page = {NULL, 0};
-    char *joined = NULL;
+    char token[PAGE_TOKEN_BYTES];
     size_t size = 0;
+    int restarts = 0;
 
     if (!c->has_rpc) {
         return spurion_error(SPURION_FAILED_PRECONDITION, "%s: expected a handle opened with an rpc address", method);
     }
     for (size_t i = 0; ++c->key[i] == 0 && i + 1 < sizeof c->key; i++) {
     }
-    do {
+    for (bool more = true; more;) {
         spurion_reply reply;
-        char *grown;
-        SPURION_TRY(st, page_call(c, &reply, method, body, retry ? key : (spurion_bytes){NULL, 0}, page, retry, deadline));
-        grown = spurion_pool_take(&c->pool, size + reply.body.size + 1);
-        if (!grown) {
-            st = spurion_error(SPURION_RESOURCE_EXHAUSTED, "%s: no memory for an answer of %zu bytes", method, size + reply.body.size);
+        st = page_call(c, &reply, method, body, retry ? key : (spurion_bytes){NULL, 0}, page, retry, deadline);
+        if (st.code == SPURION_NOT_FOUND && page.size && restarts++ < RESTARTS_MAX) { /* another daemon by now, or it forgot: from the start */
+            page.size = 0;
+            size = 0;
+            continue;
+        }
+        SPURION_TRY(st, st);
+        SPURION_TRY(st, answer_add(c, &size, reply.body));
+        if (reply.next_page_token.size > sizeof token) {
+            st = spurion_error(SPURION_INTERNAL, "%s: expected a page token of at most %zu bytes, found %zu", method, sizeof token,
+                               reply.next_page_token.size);
             goto out;
         }
-        if (size) {
-            memcpy(grown, joined, size);
+        if (reply.next_page_token.size) {
+            memcpy(token, reply.next_page_token.data, reply.next_page_token.size);
         }
-        if (reply.body.size) {
-            memcpy(grown + size, reply.body.data, reply.body.size);
-        }
-        size += reply.body.size;
-        grown[size] = '\0';
-        joined = grown;
-        page = reply.next_page_token;
-    } while (page.size);
-    out->data = joined;
+        page = (spurion_bytes){token, reply.next_page_token.size};
+        more = page.size > 0;
+    }
+    out->data = c->answer;
     out->size = size;
 out:
     return st;
@@ -302,6 +344,7 @@ out:
         spurion_memory m = spurion_pool_memory(&(c)->pool);                                   \
         SPURION_TRY(st, spurion_client_enter(c));                                             \
         SPURION_TRY(st, encode(&body, &m, in));                                               \
+        spurion_pool_reset(&(c)->previous);                                                   \
         SPURION_TRY(st, spurion_client_call((c), &answer, method, body, retry, timeout_ms));  \
         SPURION_TRY(st, decode(out, &m, answer));                                             \
     out:                                                                                      \

@@ -63,10 +63,12 @@ typedef struct spurion_tap_state {
     uint64_t published_rollouts, dropped_batches, dropped_rollouts, refilled;
     spurion_range *lost;          /* forgotten, not yet settled with the daemon */
     int32_t lost_count, lost_capacity;
-    uint64_t lost_rollouts;
+    uint64_t lost_rollouts;       /* dropped by the ring, whether they had a number or not */
     spurion_call sync;            /* Sync and Fill, beside the calls of the user */
-    bool filling, settled;        /* the call under way is a Fill; an answer to Sync came since the last publish */
-    bool closing;
+    bool filling;                 /* the call under way is a Fill */
+    bool closing;                 /* Sync says goodbye */
+    bool closing_asked, closed;   /* in the Sync under way; answered */
+    uint64_t lost_asked, lost_told; /* of lost_rollouts: in the Sync under way; answered */
     int64_t sync_at_ms, sync_started_ms;
     uint64_t answers;             /* to Sync so far */
 } spurion_tap_state;
@@ -81,6 +83,7 @@ typedef struct spurion_alerts_state {
     bool has_held;
     spurion_alerts_reply page;    /* fetched, being given out */
     int32_t page_at;
+    int64_t look_at_ms;          /* when to ask the store although nothing came live */
 } spurion_alerts_state;
 
 struct spurion_client {
@@ -95,14 +98,18 @@ struct spurion_client {
     spurion_call call;
     uint64_t call_id;
     unsigned char key[16];        /* of idempotency: random at open, counted up */
-    spurion_pool pool;            /* the last answer */
+    spurion_pool pool;            /* the last answer, unpacked */
+    spurion_pool previous;        /* the one before, until the request that may borrow from it is packed */
+    spurion_pool scratch;         /* one page of it, one Sync */
+    char *answer;                 /* its pages, joined */
+    size_t answer_capacity;
     spurion_tap_state tap;
     spurion_alerts_state alerts;
 };
 
 /* Keeps the text and gives the code. */
 spurion_code spurion_client_fail(spurion_client *c, const spurion_status *st);
-/* FAILED_PRECONDITION in a forked child. Begins every call: forgets the last answer. */
+/* FAILED_PRECONDITION in a forked child. Begins every call: the last answer becomes the previous. */
 spurion_status spurion_client_enter(spurion_client *c) SPURION_MUST_USE;
 /* A request of `method` around body, packed. */
 spurion_status spurion_client_request(spurion_client *c, spurion_bytes *out, const spurion_memory *m, const char *method, spurion_bytes body,

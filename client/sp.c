@@ -34,8 +34,8 @@ spurion_status spurion_sp_init(spurion_sp *s, const char *url, int self, int pee
     if (strlen(url) >= sizeof s->url) {
         return spurion_error(SPURION_INVALID_ARGUMENT, "address: expected at most %zu bytes, found %zu", sizeof s->url - 1, strlen(url));
     }
-    if (strncmp(url, "ipc:///", 7) != 0 && strncmp(url, "tcp://", 6) != 0) {
-        return spurion_error(SPURION_INVALID_ARGUMENT, "address: expected ipc:///path or tcp://host:port, found %s", url);
+    if ((strncmp(url, "ipc://", 6) != 0 || !url[6]) && strncmp(url, "tcp://", 6) != 0) {
+        return spurion_error(SPURION_INVALID_ARGUMENT, "address: expected ipc:///path or tcp://host:port, found '%s'", url);
     }
     memcpy(s->url, url, strlen(url) + 1);
     s->local = url[0] == 'i';
@@ -68,11 +68,17 @@ void spurion_sp_fini(spurion_sp *s)
     s->fd = -1;
 }
 
+/* Drops the connection and keeps the reason for whoever asks while it is not made anew. */
+static spurion_status gone(spurion_sp *s)
+{
+    spurion_sp_drop(s);
+    return spurion_error(SPURION_UNAVAILABLE, "%s: %s", s->url, s->why);
+}
+
 static spurion_status broken(spurion_sp *s, const char *what, int error)
 {
-    spurion_status st = spurion_error(SPURION_UNAVAILABLE, "%s: %s: %s", s->url, what, error ? strerror(error) : "closed by the daemon");
-    spurion_sp_drop(s);
-    return st;
+    (void)snprintf(s->why, sizeof s->why, "%s: %s", what, error ? strerror(error) : "closed by the daemon");
+    return gone(s);
 }
 
 static spurion_status unix_dial(spurion_sp *s)
@@ -94,9 +100,10 @@ static spurion_status unix_dial(spurion_sp *s)
 
 static spurion_status tcp_dial(spurion_sp *s)
 {
-    struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *found = NULL;
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *found = NULL, *use;
     char host[sizeof s->url], *port;
     int one = 1, rc;
+    unsigned count = 0, turn;
 
     memcpy(host, s->url + 6, strlen(s->url + 6) + 1);
     port = strrchr(host, ':');
@@ -106,14 +113,20 @@ static spurion_status tcp_dial(spurion_sp *s)
     *port++ = '\0';
     rc = getaddrinfo(host[0] == '[' ? strtok(host + 1, "]") : host, port, &hints, &found);
     if (rc != 0) {
-        spurion_sp_drop(s);
-        return spurion_error(SPURION_UNAVAILABLE, "%s: %s", s->url, gai_strerror(rc));
+        (void)snprintf(s->why, sizeof s->why, "%s", gai_strerror(rc));
+        return gone(s);
     }
-    s->fd = socket(found->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    rc = s->fd < 0 ? -1 : connect(s->fd, found->ai_addr, found->ai_addrlen);
+    for (use = found; use; use = use->ai_next) {
+        count++;
+    }
+    for (use = found, turn = s->dials++ % count; turn > 0; turn--) {
+        use = use->ai_next;
+    }
+    s->fd = socket(use->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    rc = s->fd >= 0 && connect(s->fd, use->ai_addr, use->ai_addrlen) == 0 ? 0 : errno;
     freeaddrinfo(found);
-    if (s->fd < 0 || (rc != 0 && errno != EINPROGRESS)) {
-        return broken(s, "connect", errno);
+    if (s->fd < 0 || (rc != 0 && rc != EINPROGRESS)) {
+        return broken(s, "connect", rc);
     }
     (void)setsockopt(s->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     s->state = SPURION_SP_CONNECTING;
@@ -160,14 +173,15 @@ static spurion_status greet(spurion_sp *s)
         return broken(s, "greeting", n == 0 ? 0 : errno);
     }
     if (n > 0 && memcmp(got, want + s->greeting_got, (size_t)n) != 0) {
-        spurion_sp_drop(s);
-        return spurion_error(SPURION_UNAVAILABLE, "%s: expected the greeting of SP protocol 0x%02x, found another (is this the right address?)",
-                             s->url, (unsigned)s->peer);
+        (void)snprintf(s->why, sizeof s->why, "expected the greeting of SP protocol 0x%02x, found another (is this the right address?)",
+                       (unsigned)s->peer);
+        return gone(s);
     }
     s->greeting_got += n > 0 ? (size_t)n : 0;
     if (s->greeting_sent == sizeof s->greeting && s->greeting_got == sizeof got) {
         s->state = SPURION_SP_OPEN;
         s->backoff_ms = 0;
+        s->why[0] = '\0';
         s->opened++;
     }
     return spurion_ok();
@@ -179,7 +193,7 @@ spurion_status spurion_sp_step(spurion_sp *s)
 
     if (s->state == SPURION_SP_CLOSED) {
         if (spurion_sp_now_ms() < s->retry_at_ms) {
-            return spurion_error(SPURION_UNAVAILABLE, "%s: not connected", s->url);
+            return spurion_error(SPURION_UNAVAILABLE, "%s: %s", s->url, s->why[0] ? s->why : "not connected");
         }
         SPURION_TRY(st, s->local ? unix_dial(s) : tcp_dial(s));
     }
@@ -190,7 +204,7 @@ spurion_status spurion_sp_step(spurion_sp *s)
         SPURION_TRY(st, greet(s));
     }
     if (s->state != SPURION_SP_OPEN) {
-        st = spurion_error(SPURION_UNAVAILABLE, "%s: connecting", s->url);
+        st = spurion_error(SPURION_UNAVAILABLE, "%s: %s", s->url, s->why[0] ? s->why : "no answer to the greeting yet");
     }
 out:
     return st;
@@ -268,9 +282,8 @@ static spurion_status header_read(spurion_sp *s)
         length = length << 8 | p[i];
     }
     if ((s->local && s->in[0] != 1) || length > s->bytes_max) {
-        spurion_sp_drop(s);
-        return spurion_error(SPURION_UNAVAILABLE, "%s: expected a message of at most %zu bytes, found %llu", s->url, s->bytes_max,
-                             (unsigned long long)length);
+        (void)snprintf(s->why, sizeof s->why, "expected a message of at most %zu bytes, found %llu", s->bytes_max, (unsigned long long)length);
+        return gone(s);
     }
     s->in_header = false;
     s->in_size = 0;

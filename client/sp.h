@@ -23,6 +23,8 @@ typedef struct spurion_sp {
     spurion_sp_state state;
     int64_t retry_at_ms;        /* monotonic: not before */
     int backoff_ms;
+    unsigned dials;             /* attempts so far: of a name's several addresses each gets its turn */
+    char why[128];              /* the last connection failed or ended; "" while open */
     uint64_t opened;            /* connections made so far */
     unsigned char greeting[8];
     size_t greeting_sent, greeting_got;
@@ -31,7 +33,7 @@ typedef struct spurion_sp {
     bool in_header;
 } spurion_sp;
 
-/* url: tcp://host:port or ipc:///path. INVALID_ARGUMENT for others. Connects at first use. */
+/* url: tcp://host:port, ipc:///path or ipc://relative/path. INVALID_ARGUMENT for others. Connects at first use. */
 spurion_status spurion_sp_init(spurion_sp *s, const char *url, int self, int peer, size_t bytes_max) SPURION_MUST_USE;
 void spurion_sp_fini(spurion_sp *s);
 /* Drops the connection; the next step dials again, after a pause that grows while dialling fails. */

@@ -2,13 +2,16 @@
  * except flush, ready and a full ring under policy BLOCK. What the daemon missed is sent again over rpc (Sync, Fill). */
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "handle.h"
 
 #define FILL_BYTES ((size_t)4 << 20) /* of one Fill */
 #define FILL_BATCHES 256
+#define BATCH_BYTES_MAX ((size_t)SPURION_FRAME_BYTES_MAX - 1024) /* of one Tap: it must fit into a Fill, and that into a frame */
 #define SYNC_TIMEOUT_MS 10000
 #define WAIT_MS 50
+#define URGE_MS 10
 
 void spurion_tap_fini(spurion_tap_state *t)
 {
@@ -114,7 +117,7 @@ static spurion_status sync_start(spurion_client *c)
 {
     spurion_status st;
     spurion_tap_state *t = &c->tap;
-    spurion_memory m = spurion_pool_memory(&c->pool);
+    spurion_memory m = spurion_pool_memory(&c->scratch);
     spurion_bytes body, packed, none = {NULL, 0};
     spurion_sync in = {.run = spurion_bytes_of(c->run), .producer = spurion_bytes_of(c->producer), .epoch = t->epoch};
 
@@ -122,7 +125,9 @@ static spurion_status sync_start(spurion_client *c)
     in.lost = t->lost;
     in.lost_count = t->lost_count < SPURION_RANGES_MAX ? t->lost_count : SPURION_RANGES_MAX;
     in.lost_rollouts = t->lost_rollouts;
-    in.closing = t->closing;
+    in.closing = t->closing && t->lost_count <= SPURION_RANGES_MAX; /* goodbye with everything said */
+    t->lost_asked = t->lost_rollouts;
+    t->closing_asked = in.closing;
     SPURION_TRY(st, spurion_codec_encode_sync(&body, &m, &in));
     SPURION_TRY(st, spurion_client_request(c, &packed, &m, "Sync", body, none, none, SYNC_TIMEOUT_MS));
     SPURION_TRY(st, spurion_call_start(&t->sync, packed));
@@ -147,8 +152,8 @@ static spurion_status fill_start(spurion_client *c, const spurion_sync_reply *an
 {
     spurion_status st = spurion_ok();
     spurion_tap_state *t = &c->tap;
-    spurion_memory m = spurion_pool_memory(&c->pool);
-    spurion_bytes *taps = spurion_pool_take(&c->pool, FILL_BATCHES * sizeof *taps), body, packed, none = {NULL, 0};
+    spurion_memory m = spurion_pool_memory(&c->scratch);
+    spurion_bytes *taps = spurion_pool_take(&c->scratch, FILL_BATCHES * sizeof *taps), body, packed, none = {NULL, 0};
     spurion_fill in = {taps, 0};
     size_t bytes = 0;
 
@@ -199,7 +204,7 @@ static spurion_status sync_answered(spurion_client *c, spurion_bytes got)
 {
     spurion_status st;
     spurion_tap_state *t = &c->tap;
-    spurion_memory m = spurion_pool_memory(&c->pool);
+    spurion_memory m = spurion_pool_memory(&c->scratch);
     spurion_reply reply;
     spurion_sync_reply answer;
     bool filling = t->filling;
@@ -217,9 +222,10 @@ static spurion_status sync_answered(spurion_client *c, spurion_bytes got)
     }
     SPURION_TRY(st, spurion_codec_decode_sync_reply(&answer, &m, reply.body));
     t->answers++;
+    t->lost_told = t->lost_asked;
+    t->closed = t->closing_asked;
     confirm(t, answer.stored_through);
     SPURION_TRY(st, fill_start(c, &answer));
-    t->settled = answer.missing_count == 0;
 out:
     return st;
 }
@@ -244,6 +250,7 @@ static spurion_status tap_step(spurion_client *c, bool sync_now)
         }
     }
 out:
+    spurion_pool_reset(&c->scratch);
     return st;
 }
 
@@ -266,30 +273,39 @@ static void tap_wait(spurion_client *c, int64_t deadline)
     }
 }
 
+/* A step for someone who waits: asks more often than in passing. *next: when to ask again; 0 to begin. */
+static spurion_status tap_urge(spurion_client *c, int64_t *next)
+{
+    bool due = spurion_sp_now_ms() >= *next && !c->tap.sync.under_way;
+
+    *next = due ? spurion_sp_now_ms() + URGE_MS : *next;
+    return tap_step(c, due);
+}
+
 /* Makes room for a batch by the policy. */
-static spurion_status ring_room(spurion_client *c, size_t bytes, uint32_t rollouts)
+static spurion_status ring_room(spurion_client *c, size_t bytes, int32_t rollouts)
 {
     spurion_status st = spurion_ok();
     spurion_tap_state *t = &c->tap;
-    int64_t deadline = spurion_sp_now_ms() + c->timeout_ms;
+    int64_t deadline = spurion_sp_now_ms() + c->timeout_ms, next = 0;
 
     while (t->ring_bytes + bytes > c->ring_bytes_max) {
-        if (c->policy == SPURION_RING_DROP_OLDEST && t->first) {
+        if (c->policy == SPURION_RING_DROP_OLDEST && t->first && bytes <= c->ring_bytes_max) {
             SPURION_TRY(st, lost_note(t, t->first->sequence, t->first->rollouts));
             ring_pop(t);
             continue;
         }
-        if (c->policy != SPURION_RING_BLOCK || !t->first || spurion_sp_now_ms() >= deadline) {
-            t->dropped_batches++;
-            t->dropped_rollouts += rollouts;
+        if (c->policy != SPURION_RING_BLOCK || !t->first || bytes > c->ring_bytes_max || spurion_sp_now_ms() >= deadline) {
             st = spurion_error(SPURION_RESOURCE_EXHAUSTED,
                                "ring: expected room for %zu bytes, found %zu of %zu in use by batches that the daemon has not confirmed; "
-                               "%u rollouts dropped",
+                               "%d rollouts dropped",
                                bytes, t->ring_bytes, c->ring_bytes_max, rollouts);
             goto out;
         }
-        st = tap_step(c, t->settled);
-        tap_wait(c, deadline);
+        st = tap_urge(c, &next);
+        if (t->ring_bytes + bytes > c->ring_bytes_max) {
+            tap_wait(c, t->sync.under_way || next > deadline ? deadline : next);
+        }
     }
     st = spurion_ok();
 out:
@@ -319,7 +335,6 @@ static spurion_status ring_push(spurion_client *c, const spurion_tap *tap, spuri
     t->ring_bytes += entry_bytes(e);
     t->sequence = tap->sequence;
     t->published_rollouts += e->rollouts;
-    t->settled = false;
     return spurion_ok();
 }
 
@@ -344,10 +359,21 @@ static spurion_status tap_publish(spurion_client *c, const spurion_rollout *roll
     tap.has_step_end = has_step_end;
     tap.step_end = step;
     SPURION_TRY(st, spurion_codec_encode_tap(&packed, &m, &tap));
-    SPURION_TRY(st, ring_room(c, sizeof(spurion_ring_entry) + packed.size, (uint32_t)count));
+    spurion_pool_reset(&c->previous);
+    if (packed.size > BATCH_BYTES_MAX) {
+        st = spurion_error(SPURION_RESOURCE_EXHAUSTED, "publish: expected a batch of at most %zu bytes, found %zu (publish fewer rollouts at once)",
+                           BATCH_BYTES_MAX, packed.size);
+        goto out;
+    }
+    SPURION_TRY(st, ring_room(c, sizeof(spurion_ring_entry) + packed.size, count));
     SPURION_TRY(st, ring_push(c, &tap, packed));
     (void)tap_step(c, false).code; /* a connection that is away does not concern the trainer; flush tells */
 out:
+    if (st.code == SPURION_RESOURCE_EXHAUSTED) { /* the next Sync tells the daemon too */
+        c->tap.dropped_batches++;
+        c->tap.dropped_rollouts += (uint64_t)count;
+        c->tap.lost_rollouts += (uint64_t)count;
+    }
     return st;
 }
 
@@ -409,39 +435,66 @@ spurion_code spurion_client_ready(spurion_client *c, int timeout_ms)
             break;
         }
         tap_wait(c, deadline);
-        spurion_pool_reset(&c->pool);
     }
 out:
     return spurion_client_fail(c, &st);
 }
 
-spurion_code spurion_client_flush(spurion_client *c, int timeout_ms)
+/* Whether the daemon holds, or was told that it never will, everything published so far. */
+static bool tap_settled(const spurion_tap_state *t)
 {
-    spurion_status st;
+    return !t->first && !t->lost_count && t->lost_told == t->lost_rollouts && t->closed == t->closing;
+}
+
+static spurion_status tap_settle(spurion_client *c, int timeout_ms)
+{
+    spurion_status st = spurion_ok();
     int64_t deadline = spurion_sp_now_ms() + (timeout_ms > 0 ? timeout_ms : c->timeout_ms), next = 0;
     spurion_tap_state *t = &c->tap;
 
+    while (!tap_settled(t)) {
+        st = tap_urge(c, &next);
+        if (tap_settled(t)) {
+            break;
+        }
+        if (spurion_sp_now_ms() >= deadline) {
+            return spurion_error(SPURION_DEADLINE_EXCEEDED, "flush: batches %llu to %llu are not confirmed%s%s",
+                                 (unsigned long long)t->stored_through + 1, (unsigned long long)t->sequence, st.code != SPURION_OK ? ": " : "",
+                                 st.message);
+        }
+        tap_wait(c, t->sync.under_way || next > deadline ? deadline : next);
+    }
+    if (t->dropped_batches) {
+        return spurion_error(SPURION_DATA_LOSS, "%llu rollouts in %llu batches were dropped by the ring's policy; all others are stored",
+                             (unsigned long long)t->dropped_rollouts, (unsigned long long)t->dropped_batches);
+    }
+    return spurion_ok();
+}
+
+spurion_code spurion_client_flush(spurion_client *c, int timeout_ms)
+{
+    spurion_status st;
+
     SPURION_TRY(st, spurion_client_enter(c));
     SPURION_TRY(st, tap_need(c));
-    while (t->first || t->lost_count) {
-        bool due = spurion_sp_now_ms() >= next && !t->sync.under_way; /* while waiting, ask more often than in passing */
-        st = tap_step(c, due);
-        next = due ? spurion_sp_now_ms() + WAIT_MS : next;
-        if (spurion_sp_now_ms() >= deadline) {
-            uint64_t confirmed = t->stored_through;
-            st = spurion_error(SPURION_DEADLINE_EXCEEDED, "flush: batches %llu to %llu are not confirmed%s%s", (unsigned long long)confirmed + 1,
-                               (unsigned long long)t->sequence, st.code != SPURION_OK ? ": " : "", st.message);
-            goto out;
-        }
-        tap_wait(c, deadline);
-        spurion_pool_reset(&c->pool);
-    }
-    st = spurion_ok();
-    if (t->dropped_batches) {
-        st = spurion_error(SPURION_DATA_LOSS, "%llu rollouts in %llu batches were dropped by the ring's policy; all others are stored",
-                           (unsigned long long)t->dropped_rollouts, (unsigned long long)t->dropped_batches);
-    }
+    SPURION_TRY(st, tap_settle(c, timeout_ms));
 out:
+    return spurion_client_fail(c, &st);
+}
+
+spurion_code spurion_client_leave(spurion_client *c, int timeout_ms)
+{
+    spurion_status st;
+
+    SPURION_TRY(st, spurion_client_enter(c));
+    SPURION_TRY(st, tap_need(c));
+    c->tap.closing = true;
+    c->tap.closed = false;
+    SPURION_TRY(st, tap_settle(c, timeout_ms));
+out:
+    if (c->pid == getpid()) {
+        c->tap.closing = c->tap.closed = false; /* who publishes again is a producer again */
+    }
     return spurion_client_fail(c, &st);
 }
 

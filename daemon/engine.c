@@ -11,6 +11,7 @@
 #include "daemon/rules.h"
 
 #define HOST_RESERVE_BYTES ((size_t)192 << 20) /* code, libraries, tokenizer, jobs in flight: beside the planned blocks */
+#define SAE_DTYPE SPURION_F32                   /* thresholds and top-k are discontinuous: encoded as the libraries do, whatever model.dtype is */
 #define IN_HAND_BYTES ((size_t)4 << 20)        /* rollouts in hand while a pass runs: their arenas, the lines of JSON */
 #define IN_HAND_ROW_BYTES 256                  /* and for each token of a full pass: ids, texts, evidence */
 
@@ -119,9 +120,9 @@ static spurion_status device_load(spurion_engine *e, loading *l)
     SPURION_TRY(st, spurion_model_load(&e->model, e->dev, &l->model, l->weights, positions, backward_from, l->head_index));
     e->weights_bytes = e->model->bytes;
     for (int i = 0; i < c->sae_count; i++) {
-        SPURION_TRY(st, spurion_sae_create(&e->saes[i], e->dev, &l->files[i], c->saes[i].id, l->hooks[i], e->dev->dtype));
+        SPURION_TRY(st, spurion_sae_create(&e->saes[i], e->dev, &l->files[i], c->saes[i].id, l->hooks[i], SAE_DTYPE));
         e->sae_count = i + 1;
-        SPURION_TRY(st, spurion_sae_watch(e->saes[i], &l->files[i], &e->catalogue, i, e->dev->dtype));
+        SPURION_TRY(st, spurion_sae_watch(e->saes[i], &l->files[i], &e->catalogue, i, SAE_DTYPE));
         e->weights_bytes += e->saes[i]->bytes;
         spurion_sae_file_fini(&l->files[i]);
     }

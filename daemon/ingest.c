@@ -135,20 +135,25 @@ static void refuse(spurion_item *it, spurion_status why)
 
 spurion_status spurion_ingest_tap(bool *before, spurion_pipeline *p, spurion_bytes message)
 {
-    spurion_call *c = spurion_call_create(SPURION_CALL_TAP, NULL);
+    size_t bytes = atomic_load(&p->bytes);
+    spurion_call *c;
     spurion_taken taken;
     spurion_memory m;
     spurion_status st;
 
     *before = false;
+    if (atomic_load(&p->state) != SPURION_STATE_SERVING || atomic_load(&p->store_blocked)) {
+        return spurion_error(SPURION_UNAVAILABLE, "tap: expected to be serving, found draining or a full store; try again");
+    }
+    if (bytes > 0 && bytes + 2 * message.size > SPURION_QUEUE_BYTES_MAX) { /* under a flood decoding for nothing would starve the engine */
+        return spurion_error(SPURION_UNAVAILABLE, "queue: expected at most %u bytes in flight, found %zu; try again", SPURION_QUEUE_BYTES_MAX,
+                             bytes);
+    }
+    c = spurion_call_create(SPURION_CALL_TAP, NULL);
     if (c == NULL) {
         return spurion_error(SPURION_RESOURCE_EXHAUSTED, "tap: no memory");
     }
     m = spurion_arena_memory(&c->arena);
-    if (atomic_load(&p->state) != SPURION_STATE_SERVING || atomic_load(&p->store_blocked)) {
-        st = spurion_error(SPURION_UNAVAILABLE, "tap: expected to be serving, found draining or a full store; try again");
-        goto out;
-    }
     SPURION_TRY(st, spurion_codec_decode_tap(&c->tap, &m, message));
     c->list = c->tap.list;
     c->producer = c->tap.producer;

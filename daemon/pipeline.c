@@ -1,6 +1,7 @@
 /* Life of the daemon: opens everything in order, listens when the engine is ready, waits for signals, drains. See pipeline.h.
  * Thread: main for pipeline_run; the engine thread is here too. */
 #include <errno.h>
+#include <malloc.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stddef.h>
@@ -267,13 +268,36 @@ static spurion_status thread_start(pthread_t *out, void *(*run)(void *), spurion
     return rc == 0 ? spurion_ok() : spurion_error(SPURION_RESOURCE_EXHAUSTED, "thread: %s", strerror(rc));
 }
 
-static spurion_status wait_ready(spurion_pipeline *p)
+static int wait_signal(const sigset_t *set, int ms)
 {
-    pthread_mutex_lock(&p->ready_lock);
-    while (!p->ready) {
-        pthread_cond_wait(&p->ready_cond, &p->ready_lock);
+    struct timespec t = {ms / 1000, (long)(ms % 1000) * 1000000};
+    int s = sigtimedwait(set, NULL, &t);
+    return s < 0 ? 0 : s;
+}
+
+/* Loading a large model takes minutes: the supervisor is told to wait, and a signal ends it at once (nothing is begun yet). */
+static spurion_status wait_ready(spurion_pipeline *p, const sigset_t *set)
+{
+    bool ready = false;
+
+    while (!ready) {
+        int s = wait_signal(set, 5);
+        if (s == SIGTERM || s == SIGINT) {
+            return spurion_error(SPURION_CANCELLED, "stopped while the model was loading");
+        }
+        notify("EXTEND_TIMEOUT_USEC=30000000");
+        pthread_mutex_lock(&p->ready_lock);
+        if (!p->ready) {
+            struct timespec at;
+            clock_gettime(CLOCK_REALTIME, &at);
+            at.tv_nsec += 100000000;
+            at.tv_sec += at.tv_nsec / 1000000000;
+            at.tv_nsec %= 1000000000;
+            pthread_cond_timedwait(&p->ready_cond, &p->ready_lock, &at);
+        }
+        ready = p->ready;
+        pthread_mutex_unlock(&p->ready_lock);
     }
-    pthread_mutex_unlock(&p->ready_lock);
     return p->ready_status;
 }
 
@@ -379,13 +403,6 @@ out:
 }
 
 /* ---- waiting and draining ---- */
-
-static int wait_signal(const sigset_t *set, int ms)
-{
-    struct timespec t = {ms / 1000, (long)(ms % 1000) * 1000000};
-    int s = sigtimedwait(set, NULL, &t);
-    return s < 0 ? 0 : s;
-}
 
 static void tick(spurion_pipeline *p)
 {
@@ -510,6 +527,10 @@ static void init_shared(spurion_pipeline *p, const spurion_config *config)
 
 static int fail_start(const char *what, const spurion_status *st)
 {
+    if (st->code == SPURION_CANCELLED) {
+        spurion_log_info("STOPPED", "%s", st->message);
+        return 0;
+    }
     spurion_log_error(what, "%s: %s", spurion_code_name(st->code), st->message);
     fprintf(stderr, "spuriond: %s: %s\n", spurion_code_name(st->code), st->message);
     notify("STATUS=failed to start");
@@ -526,7 +547,7 @@ static int run(spurion_pipeline *p, mark_loader *loader, const sigset_t *set)
     SPURION_TRY(st, open_parts(p, loader)); /* first: what is wrong with the store is known before the model is read */
     notify("STATUS=loading the model");
     SPURION_TRY(st, thread_start(&t.engine, engine_main, p, 0)); /* its stack: the engine's libraries decide */
-    SPURION_TRY(st, wait_ready(p));
+    SPURION_TRY(st, wait_ready(p, set));
     SPURION_TRY(st, keep_provenance(p));
     SPURION_TRY(st, thread_start(&t.sink, spurion_sink_main, p, STACK_BYTES));
     SPURION_TRY(st, thread_start(&t.intake, spurion_ingest_main, p, STACK_BYTES * 2));
@@ -559,6 +580,10 @@ int spurion_pipeline_run(const spurion_config *config)
         free(loader);
         return 71;
     }
+    /* A rollout's memory is a few chunks of 256 KiB, mostly untouched. Mapped one by one they go back whole; from the heap, where glibc
+     * moves them after the first free, they would stay as touched pages, and 22 threads have heaps of their own. */
+    (void)mallopt(M_MMAP_THRESHOLD, 128 << 10);
+    (void)mallopt(M_ARENA_MAX, 4);
     sigemptyset(&set); /* before any thread starts, so that all of them inherit it */
     sigaddset(&set, SIGTERM);
     sigaddset(&set, SIGINT);

@@ -88,8 +88,9 @@ static void help_option(cli_option o, FILE *out)
     const cli_option_row *r = &cli_options[o];
     char names[64];
 
-    (void)snprintf(names, sizeof names, r->letter ? "-%c, --%s%s%s" : "    --%2$s%3$s%4$s", r->letter, r->name, r->argument ? " " : "",
-                   r->argument ? r->argument : "");
+    char letter[] = {'-', r->letter, ',', ' ', '\0'};
+
+    (void)snprintf(names, sizeof names, "%s--%s%s%s", r->letter ? letter : "    ", r->name, r->argument ? " " : "", r->argument ? r->argument : "");
     (void)fprintf(out, "  %-26s %s\n", names, r->meaning);
 }
 

@@ -14,14 +14,16 @@
 #define REQUEST_PERMISSION 0x1023 /* ARCH_REQ_XCOMP_PERM */
 #define TILE_DATA 18              /* XFEATURE_XTILEDATA */
 #define TILE_WORDS 512            /* 16-bit words of a tile */
+#define BARRIER() __asm__ volatile("" ::: "memory") /* gcc's tile loads do not say that they read memory */
 #define BLOCK_COLUMNS 512         /* outputs gathered before they are written, whole lines at a time */
 #define BLOCK_STRIDE (BLOCK_COLUMNS + 16)
 
 bool spurion_amx_enable(void)
 {
-    unsigned a = 7, b, c = 0, d;
+    unsigned a = 7, b, c = 0, d, a1 = 7, b1, c1 = 1, d1;
     __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    if ((d >> 22 & 1) == 0 || (d >> 24 & 1) == 0) { /* AMX-BF16, AMX-TILE */
+    __asm__("cpuid" : "+a"(a1), "=b"(b1), "+c"(c1), "=d"(d1));
+    if ((d >> 22 & 1) == 0 || (d >> 24 & 1) == 0 || (a1 >> 5 & 1) == 0) { /* AMX-BF16, AMX-TILE, AVX512-BF16 */
         return false;
     }
     return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
@@ -167,6 +169,7 @@ static void product_columns(float *out, size_t out_stride, const uint16_t *a, si
                         weights + (size_t)(n / SPURION_AMX_COLUMNS) * steps * 2 * TILE_WORDS, steps, left > 16,
                         left >= 32 ? out + (size_t)m * out_stride + n : NULL, out_stride);
         }
+        BARRIER();
         for (int r = 0; r < left && r < 32; r++) {
             write_row(out + (size_t)(m + r) * out_stride, c + r * BLOCK_STRIDE, bias, outputs, accumulate);
         }
@@ -177,6 +180,7 @@ void spurion_amx_product(float *out, size_t out_stride, const uint16_t *a, size_
                          int outputs, int inner, bool accumulate)
 {
     size_t steps = steps_of(inner), panel = steps * 2 * TILE_WORDS;
+    BARRIER();
     if (bias == NULL && !accumulate && rows % 32 == 0 && outputs % SPURION_AMX_COLUMNS == 0) {
         product_direct(out, out_stride, a, a_stride, weights, rows, outputs, steps);
         return;
@@ -188,7 +192,143 @@ void spurion_amx_product(float *out, size_t out_stride, const uint16_t *a, size_
     }
 }
 
-#else
+/* --- on tiles in cache --- */
+
+/* panel_block that begins with what c holds. */
+static inline void add_block(float *c, size_t c_stride, const uint16_t *a, size_t a_stride, const uint16_t *b, size_t steps, bool both)
+{
+    size_t row = a_stride * sizeof *a;
+    _tile_loadd(0, c, c_stride * 4);
+    _tile_loadd(1, c + 16, c_stride * 4);
+    if (both) {
+        _tile_loadd(2, c + 16 * c_stride, c_stride * 4);
+        _tile_loadd(3, c + 16 * c_stride + 16, c_stride * 4);
+    }
+    for (size_t k = 0; k < steps; k++) {
+        _tile_loadd(6, b, 64);
+        _tile_loadd(7, b + TILE_WORDS, 64);
+        _tile_loadd(4, a, row);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (both) {
+            _tile_loadd(5, a + 16 * a_stride, row);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        a += SPURION_AMX_STEP;
+        b += 2 * TILE_WORDS;
+    }
+    _tile_stored(0, c, c_stride * 4);
+    _tile_stored(1, c + 16, c_stride * 4);
+    if (both) {
+        _tile_stored(2, c + 16 * c_stride, c_stride * 4);
+        _tile_stored(3, c + 16 * c_stride + 16, c_stride * 4);
+    }
+}
+
+void spurion_amx_multiply(float *c, size_t c_stride, const uint16_t *a, size_t a_stride, const uint16_t *b, int rows, int columns, int inner,
+                          bool accumulate)
+{
+    size_t steps = steps_of(inner);
+    BARRIER();
+    for (int n = 0; n < columns; n += SPURION_AMX_COLUMNS) {
+        const uint16_t *panel = b + (size_t)(n / SPURION_AMX_COLUMNS) * steps * 2 * TILE_WORDS;
+        for (int m = 0; m < rows; m += 32) {
+            float *at = c + (size_t)m * c_stride + n;
+            const uint16_t *from = a + (size_t)m * a_stride;
+            if (accumulate) {
+                add_block(at, c_stride, from, a_stride, panel, steps, rows - m > 16);
+            } else {
+                panel_block(at, c_stride, from, a_stride, panel, steps, rows - m > 16, NULL, 0);
+            }
+        }
+    }
+}
+
+/* Turns 16 x 16 words of 32 bits: pairs of rows, pairs of pairs, then quarters. */
+static inline void transpose_words(__m512i r[16])
+{
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) { /* t[8h + i], t[8h + 4 + i]: even and odd quarters of rows 8h .. 8h + 7 */
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+void spurion_amx_pack_rows(uint16_t *b, const uint16_t *x, size_t stride, int columns, int inner)
+{
+    for (int n = 0; n < columns; n += 16) {
+        for (int k = 0; k < inner; k += 32) {
+            __m512i r[16];
+            uint16_t *tile = b + ((size_t)(n / 32) * (size_t)(inner / 32) * 2 + (size_t)(k / 32) * 2 + (size_t)(n / 16 % 2)) * TILE_WORDS;
+            for (int i = 0; i < 16; i++) {
+                r[i] = _mm512_loadu_si512(x + (size_t)(n + i) * stride + k);
+            }
+            transpose_words(r);
+            for (int i = 0; i < 16; i++) {
+                _mm512_storeu_si512(tile + i * 32, r[i]);
+            }
+        }
+    }
+}
+
+/* Words (x[0, c], x[1, c]) of two rows, 16 columns. */
+static inline __m512i zip_rows(const uint16_t *x, size_t stride)
+{
+    __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)x));
+    __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(x + stride)));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+void spurion_amx_pack_pairs(uint16_t *b, const uint16_t *x, size_t stride, int inner, int columns)
+{
+    for (int n = 0; n < columns; n += 16) {
+        for (int k = 0; k < inner; k += 32) {
+            uint16_t *tile = b + ((size_t)(n / 32) * (size_t)(inner / 32) * 2 + (size_t)(k / 32) * 2 + (size_t)(n / 16 % 2)) * TILE_WORDS;
+            for (int i = 0; i < 16; i++) {
+                _mm512_storeu_si512(tile + i * 32, zip_rows(x + (size_t)(k + 2 * i) * stride + n, stride));
+            }
+        }
+    }
+}
+
+void spurion_amx_transpose(uint16_t *out, size_t out_stride, const uint16_t *x, size_t stride, int rows, int columns)
+{
+    for (int m = 0; m < rows; m += 32) {
+        for (int n = 0; n < columns; n += 16) {
+            __m512i r[16];
+            for (int i = 0; i < 16; i++) {
+                r[i] = zip_rows(x + (size_t)(m + 2 * i) * stride + n, stride);
+            }
+            transpose_words(r);
+            for (int i = 0; i < 16; i++) {
+                _mm512_storeu_si512(out + (size_t)(n + i) * out_stride + m, r[i]);
+            }
+        }
+    }
+}
+
+#else /* never called: enable says no */
+
+#pragma GCC diagnostic ignored "-Wunused-parameter"
 
 bool spurion_amx_enable(void)
 {
@@ -205,32 +345,33 @@ void spurion_amx_end(void)
 
 size_t spurion_amx_packed_bytes(int outputs, int inner)
 {
-    (void)outputs;
-    (void)inner;
     return 0;
 }
 
 void spurion_amx_pack(uint16_t *panel, const uint16_t *dense, int outputs, int inner)
 {
-    (void)panel;
-    (void)dense;
-    (void)outputs;
-    (void)inner;
 }
 
 void spurion_amx_product(float *out, size_t out_stride, const uint16_t *a, size_t a_stride, const uint16_t *weights, const float *bias, int rows,
                          int outputs, int inner, bool accumulate)
 {
-    (void)out;
-    (void)out_stride;
-    (void)a;
-    (void)a_stride;
-    (void)weights;
-    (void)bias;
-    (void)rows;
-    (void)outputs;
-    (void)inner;
-    (void)accumulate;
+}
+
+void spurion_amx_multiply(float *c, size_t c_stride, const uint16_t *a, size_t a_stride, const uint16_t *b, int rows, int columns, int inner,
+                          bool accumulate)
+{
+}
+
+void spurion_amx_pack_rows(uint16_t *b, const uint16_t *x, size_t stride, int columns, int inner)
+{
+}
+
+void spurion_amx_pack_pairs(uint16_t *b, const uint16_t *x, size_t stride, int inner, int columns)
+{
+}
+
+void spurion_amx_transpose(uint16_t *out, size_t out_stride, const uint16_t *x, size_t stride, int rows, int columns)
+{
 }
 
 #endif

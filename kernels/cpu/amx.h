@@ -32,4 +32,16 @@ void spurion_amx_pack(uint16_t *panel, const uint16_t *dense, int outputs, int i
 void spurion_amx_product(float *out, size_t out_stride, const uint16_t *a, size_t a_stride, const uint16_t *weights, const float *bias, int rows,
                          int outputs, int inner, bool accumulate);
 
+/* --- on tiles in cache, for attention ---  sizes: rows multiples of 16, all else of 32 */
+
+/* c (rows, columns) f32 = [c +] a (rows, inner) . b; b packed by one of the two below. */
+void spurion_amx_multiply(float *c, size_t c_stride, const uint16_t *a, size_t a_stride, const uint16_t *b, int rows, int columns, int inner,
+                          bool accumulate);
+/* b[k, n] = x[n, k]: x (columns, inner). */
+void spurion_amx_pack_rows(uint16_t *b, const uint16_t *x, size_t stride, int columns, int inner);
+/* b[k, n] = x[k, n]: x (inner, columns). */
+void spurion_amx_pack_pairs(uint16_t *b, const uint16_t *x, size_t stride, int inner, int columns);
+/* out (columns, rows) = x (rows, columns) turned. */
+void spurion_amx_transpose(uint16_t *out, size_t out_stride, const uint16_t *x, size_t stride, int rows, int columns);
+
 #endif

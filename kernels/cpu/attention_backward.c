@@ -5,30 +5,6 @@
  * Thread: pool workers. Memory: the workers' scratch. */
 #include "kernels/cpu/attention.h"
 
-enum { QUERIES = 64 }; /* of one tile */
-
-typedef struct back_job {
-    spurion_cpu *cpu;
-    float *dq, *dk, *dv;
-    size_t dkv_stride;
-    const float *dout, *lse;
-    const void *out, *q, *k, *v;
-    const spurion_seq *seqs;
-    spurion_attention_shape shape;
-    int group, width;
-    spurion_dtype dtype;
-} back_job;
-
-typedef struct back_state {
-    const spurion_seq *seq;
-    int kv_head;
-    int block;      /* first key position */
-    bool want_keys; /* some key of the block needs dk, dv */
-    float *keys, *keys_t, *values_t, *dk, *dv; /* (KEYS, width), _t (width, KEYS) */
-    float *q, *dout, *dq;                      /* (QUERIES, width) */
-    float *p, *ds;                             /* (QUERIES, KEYS) */
-} back_state;
-
 static void place_scratch(back_state *b, const back_job *j, char *scratch)
 {
     size_t block = (size_t)KEYS * (size_t)j->width;
@@ -44,22 +20,6 @@ static void place_scratch(back_state *b, const back_job *j, char *scratch)
     b->ds = b->p + QUERIES * KEYS;
 }
 
-/* p: raw scores to weights; ds: dP to dS. One row. */
-static void row_gradient(float *p, float *ds, float lse, float delta, int low, int high, spurion_attention_shape shape)
-{
-    for (int c = 0; c < KEYS; c += VW) {
-        vf s = attention_score(v_load(p + c), c, low, high, shape.scale, shape.softcap);
-        vf weight = v_exp(s - lse);
-        vf d = weight * (v_load(ds + c) - delta) * shape.scale;
-        if (shape.softcap > 0) {
-            vf bend = s / shape.softcap;
-            d *= 1.0f - bend * bend;
-        }
-        v_store(p + c, weight);
-        v_store(ds + c, v_select(weight > 0.0f, d, v_select(weight != weight, weight, v_set(0.0f)))); /* unseen: 0, and not 0 * inf */
-    }
-}
-
 /* <dout, out> of one query and head. */
 static float row_delta(const back_job *j, const float *dout, size_t at)
 {
@@ -70,20 +30,13 @@ static float row_delta(const back_job *j, const float *dout, size_t at)
     return v_sum(sum);
 }
 
-static void store_rows(float *out, size_t stride, const float *in, int ld, int count, int width)
-{
-    for (int r = 0; r < count; r++) {
-        memcpy(out + (size_t)r * stride, in + (size_t)r * (size_t)ld, (size_t)width * sizeof *out);
-    }
-}
-
 /* Queries first .. first + count - 1 of one head against the block. */
-static void back_tile(back_state *b, const back_job *j, int head, int first, int count)
+static void back_tile(back_state *b, const back_job *j, int head, int tile, int first, int count)
 {
     int w = j->width, hd = j->shape.head_dim, window = j->shape.window;
     size_t stride = (size_t)j->shape.heads * (size_t)hd, row = (size_t)(b->seq->q_row + first - b->seq->q_position);
     size_t at = row * stride + (size_t)head * (size_t)hd;
-    bool first_block = attention_first_key(first, window) / KEYS * KEYS == b->block;
+    (void)tile;
 
     attention_load(b->q, w, j->q, at, stride, count, hd, j->dtype);
     attention_load(b->dout, w, j->dout, at, stride, count, hd, SPURION_F32);
@@ -91,11 +44,11 @@ static void back_tile(back_state *b, const back_job *j, int head, int first, int
     tile_product(b->ds, KEYS, b->dout, w, 1, b->values_t, KEYS, count, KEYS, hd, 0);
     for (int r = 0; r < count; r++) {
         int i = first + r, high = i + 1 - b->block;
-        row_gradient(b->p + r * KEYS, b->ds + r * KEYS, j->lse[(row + (size_t)r) * (size_t)j->shape.heads + (size_t)head],
+        row_gradient(b->p + r * KEYS, b->ds + r * KEYS, NULL, NULL, j->lse[(row + (size_t)r) * (size_t)j->shape.heads + (size_t)head],
                      row_delta(j, b->dout + r * w, at + (size_t)r * stride), attention_first_key(i, window) - b->block,
                      high < KEYS ? high : KEYS, j->shape);
     }
-    if (first_block) {
+    if (is_first_block(b, j, first)) {
         memset(b->dq, 0, (size_t)(count * w) * sizeof *b->dq);
     } else {
         attention_load(b->dq, w, j->dq, at, stride, count, hd, SPURION_F32);
@@ -116,37 +69,6 @@ static void load_block(back_state *b, const back_job *j)
     attention_transpose(b->values_t, b->keys, w, hd);
     attention_load_keys(b->keys, w, j->k, at, stride, b->seq, b->block, hd, j->dtype);
     attention_transpose(b->keys_t, b->keys, w, hd);
-    b->want_keys = b->block + KEYS > b->seq->dkv_position;
-    memset(b->dk, 0, (size_t)(KEYS * w) * sizeof *b->dk);
-    memset(b->dv, 0, (size_t)(KEYS * w) * sizeof *b->dv);
-}
-
-static void store_block(const back_state *b, const back_job *j)
-{
-    int from = b->seq->dkv_position > b->block ? b->seq->dkv_position : b->block;
-    int end = attention_end(b->seq), to = end < b->block + KEYS ? end : b->block + KEYS;
-    if (from >= to) {
-        return;
-    }
-    size_t at = (size_t)(b->seq->dkv_row + from - b->seq->dkv_position) * j->dkv_stride + (size_t)b->kv_head * (size_t)j->shape.head_dim;
-    int skip = (from - b->block) * j->width;
-    store_rows(j->dk + at, j->dkv_stride, b->dk + skip, j->width, to - from, j->shape.head_dim);
-    store_rows(j->dv + at, j->dkv_stride, b->dv + skip, j->width, to - from, j->shape.head_dim);
-}
-
-/* All query tiles that see the block. */
-static void back_block(back_state *b, const back_job *j)
-{
-    int begin = b->seq->q_position, end = attention_end(b->seq), window = j->shape.window;
-    for (int tile = begin / QUERIES * QUERIES; tile < end; tile += QUERIES) {
-        int first = tile > begin ? tile : begin, last = tile + QUERIES < end ? tile + QUERIES : end; /* one past */
-        if (last <= b->block || attention_first_key(first, window) >= b->block + KEYS) {
-            continue;
-        }
-        for (int g = 0; g < j->group; g++) {
-            back_tile(b, j, b->kv_head * j->group + g, first, last - first);
-        }
-    }
 }
 
 static void back_item(void *context, int64_t item, int worker)
@@ -154,18 +76,7 @@ static void back_item(void *context, int64_t item, int worker)
     const back_job *j = context;
     back_state b;
     place_scratch(&b, j, j->cpu->scratch[worker]);
-    b.seq = &j->seqs[item / j->shape.kv_heads];
-    b.kv_head = (int)(item % j->shape.kv_heads);
-    if (b.seq->q_count == 0) {
-        return;
-    }
-    int first_key = attention_first_key(b.seq->q_position, j->shape.window);
-    int from = first_key < b.seq->dkv_position ? first_key : b.seq->dkv_position; /* keys that nobody sees get their 0 */
-    for (b.block = from / KEYS * KEYS; b.block < attention_end(b.seq); b.block += KEYS) {
-        load_block(&b, j);
-        back_block(&b, j);
-        store_block(&b, j);
-    }
+    back_sequence(&b, j, item, load_block, back_tile);
 }
 
 spurion_status SPURION_CPU_OP(attention_backward)(spurion_dev *dev, float *dq, float *dk, float *dv, int dkv_stride, const float *dout,
@@ -177,9 +88,10 @@ spurion_status SPURION_CPU_OP(attention_backward)(spurion_dev *dev, float *dq, f
     if (st.code != SPURION_OK) {
         return st;
     }
+    bool amx = spurion_cpu_of(dev)->amx && dev->dtype == SPURION_BF16;
     back_job job = {spurion_cpu_of(dev), dq, dk, dv, (size_t)dkv_stride, dout, lse, out, q, k, v, seqs, shape,
-                    shape.heads / shape.kv_heads, (int)spurion_round_up((size_t)shape.head_dim, VW), dev->dtype};
-    spurion_pool_run(job.cpu->pool, back_item, &job, (int64_t)seq_count * shape.kv_heads);
+                    shape.heads / shape.kv_heads, (int)spurion_round_up((size_t)shape.head_dim, amx ? 32 : VW), dev->dtype};
+    spurion_pool_run(job.cpu->pool, amx ? spurion_attention_amx_back_item : back_item, &job, (int64_t)seq_count * shape.kv_heads);
     double pairs = attention_pairs(seqs, seq_count, shape.window) * shape.heads;
     spurion_cpu_count(dev, SPURION_CLASS_ATTENTION, start, 10 * pairs * shape.head_dim,
                       pairs / KEYS * 4 * shape.head_dim * (double)spurion_dtype_bytes(dev->dtype));

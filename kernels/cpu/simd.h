@@ -137,9 +137,12 @@ SIMD vf v_abs(vf a)
     return (vf)((vi)a & 0x7fffffff);
 }
 
-/* Adds the lanes pairwise: ((0+h) ...): an order fixed by VW. */
+/* Adds the lanes by halves, lane i and lane i + half: an order fixed by VW. */
 SIMD float v_sum(vf v)
 {
+#if VW == 16
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float t[VW];
     v_store(t, v);
     for (int half = VW / 2; half > 0; half /= 2) {
@@ -148,10 +151,14 @@ SIMD float v_sum(vf v)
         }
     }
     return t[0];
+#endif
 }
 
 SIMD float v_max_lane(vf v)
 {
+#if VW == 16
+    return _mm512_reduce_max_ps((__m512)v);
+#else
     float t[VW];
     v_store(t, v);
     for (int half = VW / 2; half > 0; half /= 2) {
@@ -160,6 +167,20 @@ SIMD float v_max_lane(vf v)
         }
     }
     return t[0];
+#endif
+}
+
+/* base, base + 1, ... */
+SIMD vi v_lanes(int base)
+{
+#if VW == 16
+    const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif VW == 8
+    const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+#else
+    const vi lanes = {0, 1, 2, 3};
+#endif
+    return lanes + base;
 }
 
 SIMD double vd_sum(vd v)
@@ -189,6 +210,16 @@ SIMD vh v_to_bf16(vf v)
     vu nan = (u >> 16) | 0x40;
     vu is_nan = (vu)(v != v);
     return __builtin_convertvector((is_nan & nan) | (~is_nan & r), vh);
+}
+
+/* The same where the CPU has an instruction for it; denormals become 0. */
+SIMD vh v_to_bf16_fast(vf v)
+{
+#if VW == 16 && defined(__AVX512BF16__)
+    return (vh)_mm512_cvtneps_pbh((__m512)v);
+#else
+    return v_to_bf16(v);
+#endif
 }
 
 SIMD vf v_from_bf16(vh h)
@@ -264,7 +295,7 @@ SIMD vf v_exp2i(vf n)
 SIMD vf v_exp(vf x)
 {
     const vf shift = v_set(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
-    vf c = v_min(v_max(x, v_set(-87.3f)), v_set(88.72f));
+    vf c = v_min(v_set(89.0f), v_max(v_set(-87.3f), x));
     vf n = v_fma(c, v_set(1.44269504088896341f), shift) - shift;
     vf r = v_fma(n, v_set(-0.693359375f), c);
     r = v_fma(n, v_set(2.12194440e-4f), r);
@@ -276,11 +307,15 @@ SIMD vf v_exp(vf x)
     p = v_fma(p, r, v_set(0.5f));
     p = v_fma(p, r, v_set(1.0f));
     p = v_fma(p, r, v_set(1.0f));
+#if VW == 16
+    return (vf)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ), (__m512)p, (__m512)n);
+#else
     vf half = v_fma(n, v_set(0.5f), shift) - shift; /* two factors: n may be 128 */
     vf y = p * v_exp2i(half) * v_exp2i(n - half);
     y = v_select(x < -87.3f, v_set(0.0f), y);
     y = v_select(x > 88.72f, v_set(__builtin_inff()), y);
     return v_select(x != x, x, y);
+#endif
 }
 
 /* tanh x: odd Taylor-like minimax for |x| < 0.625 (Cephes tanhf), 1 - 2 / (e^2|x| + 1) beyond. */

@@ -7,6 +7,7 @@
  * What rollout number n of a publisher says follows from n. Thread: one. */
 #include <inttypes.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,7 +18,7 @@
 
 #define GROUPS_OF_STEP 3
 #define GROUP 4
-#define STEP_PAUSE_MS 40
+#define STEP_PAUSE_MS 80
 #define CALL_TIMEOUT_MS 60000
 
 static void say_bytes(const char *line, int length)
@@ -32,6 +33,14 @@ static void say_bytes(const char *line, int length)
         char say_line[1500];                                                                                                       \
         say_bytes(say_line, snprintf(say_line, sizeof say_line, __VA_ARGS__));                                                     \
     } while (0)
+
+static volatile sig_atomic_t stopping;
+
+static void stop(int number)
+{
+    (void)number;
+    stopping = 1;
+}
 
 static spurion_bytes text(const char *s)
 {
@@ -126,7 +135,7 @@ static int publish(const char *rpc, const char *tap, int index, int64_t steps)
     c = open_client(rpc, tap, NULL, "tap", producer);
     code = spurion_client_ready(c, CALL_TIMEOUT_MS);
     SAY("ready %d\n", (int)code);
-    for (int64_t step = 0; step < steps; step++) {
+    for (int64_t step = 0; step < steps && !stopping; step++) {
         for (int g = 0; g < GROUPS_OF_STEP; g++) {
             spurion_rollout rollouts[GROUP];
             member members[GROUP];
@@ -145,8 +154,12 @@ static int publish(const char *rpc, const char *tap, int index, int64_t steps)
         if (code != SPURION_OK) {
             SAY("failed step_end %d %s\n", (int)code, spurion_client_error(c));
         }
+        SAY("ended %" PRId64 "\n", step);
     }
     SAY("published %" PRIu64 "\n", n);
+    while (!stopping) {
+        pump(c, &stored, STEP_PAUSE_MS);
+    }
     code = spurion_client_flush(c, 300000);
     spurion_client_tap_stats(&stats, c);
     SAY("flushed %d %" PRIu64 " %" PRIu64 " refilled %" PRIu64 " %s\n", (int)code, stats.published_rollouts, stats.dropped_rollouts,
@@ -210,12 +223,11 @@ static void submit_group(spurion_client *c, const char *prefix, uint64_t n)
     }
 }
 
-static int score(const char *rpc, int seconds)
+static int score(const char *rpc)
 {
     spurion_client *c = open_client(rpc, NULL, NULL, NULL, NULL);
-    int64_t until = now_ms() + (int64_t)seconds * 1000;
 
-    for (uint64_t n = 0; now_ms() < until; n += GROUP) {
+    for (uint64_t n = 0; !stopping; n += GROUP) {
         score_group(c, "s", n);
         submit_group(c, "u", n);
         pause_ms(30);
@@ -381,11 +393,16 @@ static int dump(const char *rpc)
 
 int main(int argc, char **argv)
 {
+    struct sigaction action;
+
+    memset(&action, 0, sizeof action);
+    action.sa_handler = stop;
+    (void)sigaction(SIGTERM, &action, NULL);
     if (argc == 6 && strcmp(argv[1], "publish") == 0) {
         return publish(argv[2], argv[3], atoi(argv[4]), atoll(argv[5]));
     }
-    if (argc == 4 && strcmp(argv[1], "score") == 0) {
-        return score(argv[2], atoi(argv[3]));
+    if (argc == 3 && strcmp(argv[1], "score") == 0) {
+        return score(argv[2]);
     }
     if (argc == 4 && strcmp(argv[1], "watch") == 0) {
         watch(argv[2], argv[3]);
@@ -393,6 +410,6 @@ int main(int argc, char **argv)
     if (argc == 3 && strcmp(argv[1], "dump") == 0) {
         return dump(argv[2]);
     }
-    fprintf(stderr, "usage: fault_client publish RPC TAP INDEX STEPS | score RPC SECONDS | watch RPC ALERTS | dump RPC\n");
+    fprintf(stderr, "usage: fault_client publish RPC TAP INDEX STEPS | score RPC | watch RPC ALERTS | dump RPC\n");
     return 64;
 }

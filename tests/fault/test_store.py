@@ -320,7 +320,8 @@ def test_store_failed_sync_ends_acknowledgements(place):
     live(history, place / "disk" / "store", 60, env=cut.environment(), arguments=["--batches", "5"])
     seen = 0
     for n in (40, 41, 43, 47, 60):
-        lines = subprocess.run([WRITER, "write", place / "disk" / "store", str(history.highest + 1), "--record", str(RECORD_BYTES), "--batches", "300"],
+        lines = subprocess.run([WRITER, "write", place / "disk" / "store", str(history.highest + 1), "--record", str(RECORD_BYTES),
+                                "--batches", "300"],
                                env={**os.environ, **cut.environment(), "SPURION_SYNC_FAIL_AT": str(n), "ASAN_OPTIONS": "verify_asan_link_order=0"},
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=60).stdout.splitlines()
         words = [line.split(" ")[0] for line in lines]
@@ -336,6 +337,72 @@ def test_store_failed_sync_ends_acknowledgements(place):
         wrong = check(dump(place / "disk" / "store", history, cut.environment()), history)
         assert not wrong, f"sync {n} failed: {wrong[:5]}"
     assert seen >= 3, f"only {seen} of the failing syncs hit a commit"
+
+
+FILES_THAT_ARE_NO_DATA = ("LOCK", "LOG", "OPTIONS", "IDENTITY", "SPURION")
+
+
+def data_files(directory):
+    return sorted(f for f in os.listdir(directory) if not f.startswith(FILES_THAT_ARE_NO_DATA) and os.path.getsize(directory / f))
+
+
+def flip(path, at, bit):
+    with open(path, "r+b") as f:
+        f.seek(at)
+        byte = f.read(1)[0]
+        f.seek(at)
+        f.write(bytes([byte ^ 1 << bit]))
+
+
+def dump_flipped(place, store, history, name, at, bit, drop=()):
+    """What a copy of the store says with one bit of one file turned over."""
+    copy = place / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(store, copy)
+    for f in drop:
+        os.unlink(copy / f)
+    flip(copy / name, at, bit)
+    return dump(copy, history)
+
+
+def is_loud(lines):
+    return bool(lines["failed"] or lines["damaged"] or not lines["end"] or any(i[3] != "0" for i in lines["index"]))
+
+
+def test_store_flipped_bits_are_never_silent(place):
+    """One bit of the log, a table, the manifest: the store answers as before, or says that it is damaged."""
+    rng = random.Random(SEED)
+    history, store = History(), place / "store"
+    assert live(history, store, 60, arguments=["--batches", "40"]) == 0
+    assert live(history, store, 60, arguments=["--batches", "20"]) == 0  # now there are tables and a log
+    shutil.copytree(store, place / "copy")
+    good = dump(place / "copy", history)
+    assert check(good, history) == []
+    names = data_files(store)
+    kinds, loud = collections.Counter(), 0
+    for _ in range(3 * ROUNDS):
+        name = rng.choice(names)
+        at, bit = rng.randrange(os.path.getsize(store / name)), rng.randrange(8)
+        lines = dump_flipped(place, store, history, name, at, bit)
+        kinds[name.rstrip("0123456789-").split(".")[-1] or name] += 1
+        loud += is_loud(lines)
+        assert is_loud(lines) or lines == good, f"{name}, byte {at}, bit {bit}: another answer, and nothing said"
+    print(f"seed {SEED}: {3 * ROUNDS} bits in {dict(kinds)}: {loud} told, the rest without effect")
+    assert loud > ROUNDS
+
+
+def test_store_flipped_bits_control_in_the_last_write(place):
+    """Without the file that says how far the store was synced, damage at the log's end is silent: that file is what tells it."""
+    history, store = History(), place / "store"
+    assert live(history, store, 60, arguments=["--batches", "10"]) == 0
+    shutil.copytree(store, place / "copy")
+    good = dump(place / "copy", history)
+    log = max(f for f in os.listdir(store) if f.endswith(".log"))
+    at = os.path.getsize(store / log) - 50
+    without = dump_flipped(place, store, history, log, at, 0, drop=["SPURION-SYNCED"])
+    assert not is_loud(without) and without != good, "expected RocksDB to take the damage for a torn tail"
+    lines = dump_flipped(place, store, history, log, at, 0)
+    assert lines["failed"] and lines["failed"][0][0] == "15", lines["failed"]
 
 
 @pytest.fixture

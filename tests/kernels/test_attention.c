@@ -20,6 +20,7 @@ static const att_case cases[] = {
     {{6, 1, 24, 0.2f, 0, 50}, 90, 3, {100, 0, 7}},
     {{2, 2, 256, 0.0625f, 5.0f, 17}, 65, 1, {80}},
     {{8, 1, 40, 0.16f, 0, 1}, 3, 1, {70}},
+    {{3, 3, 7, 0.4f, 0, 0}, 40, 2, {33, 65}},
 };
 
 /* Rows lie in memory in another order than positions: completions first, then the prompt, so that a row number means nothing. */
@@ -417,7 +418,7 @@ static void test_attention_refuses_shapes_it_has_no_room_for(void **state)
     kt_open(&t, SPURION_F32, 1);
     float x[8];
     spurion_seq none = {0};
-    static const spurion_attention_shape bad[] = {{3, 2, 64, 1, 0, 0}, {2, 2, 264, 1, 0, 0}, {2, 2, 12, 1, 0, 0}};
+    static const spurion_attention_shape bad[] = {{3, 2, 64, 1, 0, 0}, {2, 2, 257, 1, 0, 0}, {2, 0, 16, 1, 0, 0}};
     for (size_t i = 0; i < KT_COUNT(bad); i++) {
         assert_int_equal(t.ops->attention(t.dev, x, x, x, x, x, &none, 1, bad[i]).code, SPURION_INVALID_ARGUMENT);
         assert_int_equal(t.ops->attention_backward(t.dev, x, x, x, 8, x, x, x, x, x, x, &none, 1, bad[i]).code, SPURION_INVALID_ARGUMENT);

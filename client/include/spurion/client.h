@@ -2,7 +2,8 @@
  *
  * A handle belongs to one thread at a time and starts no thread of its own. After fork the child gets FAILED_PRECONDITION from every call
  * on the parent's handle and opens one of its own. Memory: what options say (the ring), one receive buffer, and what one answer needs;
- * spurion_client_memory_bytes tells. Every pointer in a result borrows from the handle until the next call on it.
+ * spurion_client_memory_bytes tells. Every pointer in a result borrows from the handle until the next call on it
+ * (which may be given it: a cursor, a rollout).
  *
  * Every call returns a code of status.h; spurion_client_error gives the text of the last failure on the handle. Calls that wait take a
  * time-out in milliseconds (0: the handle's own) and end with DEADLINE_EXCEEDED; UNAVAILABLE means that the daemon could not be reached. */
@@ -71,7 +72,8 @@ typedef struct spurion_tap_stats {
     bool connected;
 } spurion_tap_stats;
 
-/* Publishes rollouts (their run is the handle's where absent). Copies them into the ring and sends what the socket takes; never waits. */
+/* Publishes rollouts (their run is the handle's where absent). Copies them into the ring and sends what the socket takes; never waits
+ * (but see SPURION_RING_BLOCK). RESOURCE_EXHAUSTED: they were dropped, and are counted as such. */
 SPURION_API spurion_code spurion_client_publish(spurion_client *c, const spurion_rollout *rollouts, int32_t count);
 /* Says that this process has published everything of `step`. Never waits. */
 SPURION_API spurion_code spurion_client_step_end(spurion_client *c, int64_t step);
@@ -79,6 +81,8 @@ SPURION_API spurion_code spurion_client_step_end(spurion_client *c, int64_t step
 SPURION_API spurion_code spurion_client_pump(spurion_client *c);
 /* Waits until everything published is durable at the daemon, or is known to be lost (DATA_LOSS, with the exact number in the text). */
 SPURION_API spurion_code spurion_client_flush(spurion_client *c, int timeout_ms);
+/* Flush, and say goodbye: no step of the run waits for this producer any longer. Publishing again takes it back. */
+SPURION_API spurion_code spurion_client_leave(spurion_client *c, int timeout_ms);
 /* The READY: waits until the daemon answers and has taken note of this producer. */
 SPURION_API spurion_code spurion_client_ready(spurion_client *c, int timeout_ms);
 SPURION_API void spurion_client_tap_stats(spurion_tap_stats *out, const spurion_client *c);

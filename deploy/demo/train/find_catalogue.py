@@ -212,12 +212,12 @@ def random_search(judge, pairs, number, real):
 
 
 def calibrate(judge, cases, family, detect):
-    """The smallest effect, in steps of 0.05, that at most 1 % of the validation negatives reach."""
+    """The smallest effect, in steps of 0.01, that at most 1 % of the validation negatives reach."""
     own = cases[family]
     _, negative = positives_and_negatives(cases, family)
     push = -own.sign * Prepared(judge, negative, group(detect)).effects(group(detect))
     limit = push.sort(descending=True).values[int(FALSE_POSITIVES * len(negative))].item()
-    return max(0.1, round(math.floor(limit / 0.05 + 1) * 0.05, 2)), len(negative)
+    return max(0.02, round(math.floor(limit / 0.01 + 1) * 0.01, 2)), len(negative)
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ typedef struct spurion_seq {
 } spurion_seq;
 
 typedef struct spurion_attention_shape {
-    int heads, kv_heads, head_dim; /* heads a multiple of kv_heads; head_dim <= 256, a multiple of 8 */
+    int heads, kv_heads, head_dim; /* heads a multiple of kv_heads; head_dim <= 256 */
     float scale;                   /* on the scores */
     float softcap;                 /* 0: none; else s = cap * tanh(s / cap), before the mask */
     int window;                    /* 0: none */
