@@ -104,8 +104,10 @@ static void mark_advance(mark *m)
         m->ended = m->notes[n].ended > m->ended ? m->notes[n].ended : m->ended;
         n++;
     }
-    memmove(m->notes, m->notes + n, (size_t)(m->note_count - n) * sizeof *m->notes);
-    m->note_count -= n;
+    if (n > 0) {
+        memmove(m->notes, m->notes + n, (size_t)(m->note_count - n) * sizeof *m->notes);
+        m->note_count -= n;
+    }
 }
 
 static void mark_note(mark *m, uint64_t sequence, int64_t seen, int64_t ended)

@@ -37,15 +37,14 @@ for _ in $(seq 300); do
     kill -0 "$daemon" 2>/dev/null || { cat "$place/spuriond.log" >&2; exit 70; }
     sleep 0.1
 done
-"$bin/spurion" watch >"$place/alerts.txt" 2>/dev/null &
+"$bin/spurion" watch 2>/dev/null &
 watcher=$!
 
-say "4. a policy trains for twelve steps and drifts into a hack"
-python3 deploy/demo/make_drift.py | "$bin/spurion" publish --run drift
+say "4. a policy trains for twelve steps and drifts into a hack; alerts come as the steps close"
+python3 deploy/demo/make_drift.py | "$bin/spurion" publish --run drift --rate 48
 sleep 1
 kill "$watcher" 2>/dev/null || true
-echo
-cat "$place/alerts.txt"
+wait "$watcher" 2>/dev/null || true
 
 say "5. afterwards: what moved the reward most?   spurion query drift --rule thanks-raises --order effect --limit 5"
 "$bin/spurion" query drift --rule thanks-raises --order effect --limit 5

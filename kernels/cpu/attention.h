@@ -51,20 +51,6 @@ static inline void attention_load_keys(float *out, int ld, const void *in, size_
     }
 }
 
-/* out (KEYS, ld) bf16: the same, as it is. */
-static inline void attention_copy_keys(uint16_t *out, int ld, const uint16_t *in, size_t at, size_t stride, const spurion_seq *s, int first, int width)
-{
-    int end = attention_end(s), stop = first + KEYS < end ? first + KEYS : end;
-    memset(out, 0, (size_t)(KEYS * ld) * sizeof *out);
-    for (int p = 0; p < s->piece_count; p++) {
-        int from = s->piece_position[p], to = p + 1 < s->piece_count ? s->piece_position[p + 1] : end;
-        int a = from > first ? from : first, b = to < stop ? to : stop;
-        for (int i = a; i < b; i++) {
-            memcpy(out + (size_t)(i - first) * (size_t)ld, in + at + (size_t)(s->piece_row[p] + i - from) * stride, (size_t)width * sizeof *out);
-        }
-    }
-}
-
 /* out (width, KEYS) = in (KEYS, ld) transposed. */
 static inline void attention_transpose(float *out, const float *in, int ld, int width)
 {

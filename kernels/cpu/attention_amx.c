@@ -16,6 +16,32 @@ static void *cut(char **scratch, size_t bytes)
     return p;
 }
 
+/* One row of `width` elements from hd of bf16, zeros behind: without a call, for rows are short. */
+SIMD void copy_row(uint16_t *out, const uint16_t *in, int hd, int width)
+{
+    int c = 0;
+    for (; c < hd; c += VW) {
+        vh_store_n(out + c, vh_load_n(in + c, hd - c), VW);
+    }
+    for (; c < width; c += VW) {
+        vh_store_n(out + c, (vh){0}, VW);
+    }
+}
+
+/* out (KEYS, ld) bf16 = keys first .. first + KEYS - 1 of a seq, gathered from its pieces; 0 past its end. */
+static void copy_keys(uint16_t *out, int ld, const uint16_t *in, size_t at, size_t stride, const spurion_seq *s, int first, int width)
+{
+    int end = attention_end(s), stop = first + KEYS < end ? first + KEYS : end;
+    for (int p = 0; p < s->piece_count; p++) {
+        int from = s->piece_position[p], to = p + 1 < s->piece_count ? s->piece_position[p + 1] : end;
+        int a = from > first ? from : first, b = to < stop ? to : stop;
+        for (int i = a; i < b; i++) {
+            copy_row(out + (size_t)(i - first) * (size_t)ld, in + at + (size_t)(s->piece_row[p] + i - from) * stride, width, ld);
+        }
+    }
+    memset(out + (size_t)(stop - first) * (size_t)ld, 0, (size_t)(first + KEYS - stop) * (size_t)ld * sizeof *out);
+}
+
 /* --- forward --- */
 
 typedef struct half_tile {
@@ -41,12 +67,12 @@ static void place_forward(attention_tile *t, half_tile *h, const attention_job *
 static void load_queries(const attention_tile *t, const half_tile *h, const attention_job *j)
 {
     size_t hd = (size_t)j->shape.head_dim, w = (size_t)j->width, rows = (size_t)(t->count * j->group), whole = spurion_round_up(rows, 32);
-    memset(h->q, 0, whole * w * 2);
+    memset(h->q + rows * w, 0, (whole - rows) * w * 2);
     memset(h->p + rows * KEYS, 0, (whole - rows) * KEYS * 2);
     for (size_t r = 0; r < rows; r++) {
         size_t row = (size_t)(t->seq->q_row + t->first - t->seq->q_position) + r / (size_t)j->group;
         size_t head = (size_t)(t->kv_head * j->group) + r % (size_t)j->group;
-        memcpy(h->q + r * w, (const uint16_t *)j->q + (row * (size_t)j->shape.heads + head) * hd, hd * 2);
+        copy_row(h->q + r * w, (const uint16_t *)j->q + (row * (size_t)j->shape.heads + head) * hd, (int)hd, (int)w);
     }
 }
 
@@ -66,9 +92,9 @@ void spurion_attention_amx_item(void *context, int64_t item, int worker)
     spurion_amx_begin();
     for (int b = attention_first_key(t.first, j->shape.window) / KEYS; b * KEYS < t.first + t.count; b++) {
         size_t at = (size_t)t.kv_head * (size_t)hd;
-        attention_copy_keys(h.rows, w, j->k, at, stride, t.seq, b * KEYS, hd);
+        copy_keys(h.rows, w, j->k, at, stride, t.seq, b * KEYS, hd);
         spurion_amx_pack_rows(h.keys, h.rows, (size_t)w, KEYS, w);
-        attention_copy_keys(h.rows, w, j->v, at, stride, t.seq, b * KEYS, hd);
+        copy_keys(h.rows, w, j->v, at, stride, t.seq, b * KEYS, hd);
         spurion_amx_pack_pairs(h.values, h.rows, (size_t)w, KEYS, w);
         spurion_amx_multiply(t.s, KEYS, h.q, (size_t)w, h.keys, rows, KEYS, w, false);
         soften_tile(&t, j, h.p, b * KEYS);
@@ -114,9 +140,9 @@ static void load_block(back_state *b, const back_job *j)
     int w = j->width, hd = j->shape.head_dim;
     size_t stride = (size_t)j->shape.kv_heads * (size_t)hd, at = (size_t)b->kv_head * (size_t)hd;
     struct back_half *h = b->half;
-    attention_copy_keys(h->rows, w, j->v, at, stride, b->seq, b->block, hd);
+    copy_keys(h->rows, w, j->v, at, stride, b->seq, b->block, hd);
     spurion_amx_pack_rows(h->values, h->rows, (size_t)w, KEYS, w);
-    attention_copy_keys(h->rows, w, j->k, at, stride, b->seq, b->block, hd);
+    copy_keys(h->rows, w, j->k, at, stride, b->seq, b->block, hd);
     spurion_amx_pack_rows(h->keys, h->rows, (size_t)w, KEYS, w);
     spurion_amx_pack_pairs(h->keys_pairs, h->rows, (size_t)w, KEYS, w);
 }
@@ -125,13 +151,17 @@ static void load_block(back_state *b, const back_job *j)
 static void load_rows(const struct back_half *h, const back_job *j, size_t at, size_t stride, int skip, int count)
 {
     int w = j->width, hd = j->shape.head_dim;
-    memset(h->q, 0, (size_t)(QUERIES * w) * 2);
-    memset(h->dout, 0, (size_t)(QUERIES * w) * 2);
+    if (count < QUERIES) {
+        memset(h->q, 0, (size_t)(QUERIES * w) * 2);
+        memset(h->dout, 0, (size_t)(QUERIES * w) * 2);
+    }
     for (int r = 0; r < count; r++) {
         size_t from = at + (size_t)r * stride;
-        memcpy(h->q + (size_t)((skip + r) * w), (const uint16_t *)j->q + from, (size_t)hd * 2);
-        for (int c = 0; c < hd; c += VW) {
-            v_store_act(h->dout, (size_t)((skip + r) * w + c), v_load_n(j->dout + from + c, hd - c), hd - c, SPURION_BF16);
+        uint16_t *half = h->dout + (size_t)((skip + r) * w);
+        copy_row(h->q + (size_t)((skip + r) * w), (const uint16_t *)j->q + from, hd, w);
+        for (int c = 0; c < w; c += VW) {
+            vf v = c < hd ? v_load_n(j->dout + from + c, hd - c) : v_set(0.0f);
+            vh_store_n(half + c, v_to_bf16_fast(v), VW);
         }
     }
 }
@@ -152,8 +182,10 @@ static void half_gradients(const back_state *b, const back_job *j, int head, siz
 {
     const struct back_half *h = b->half;
     size_t heads = (size_t)j->shape.heads, hd = (size_t)j->shape.head_dim;
-    memset(h->p, 0, QUERIES * KEYS * 2);
-    memset(h->ds, 0, QUERIES * KEYS * 2);
+    if (count < QUERIES) {
+        memset(h->p, 0, QUERIES * KEYS * 2);
+        memset(h->ds, 0, QUERIES * KEYS * 2);
+    }
     for (int r = 0; r < count; r++) {
         int i = first + r, at = i - tile, high = i + 1 - b->block;
         size_t place = (row + (size_t)r) * heads + (size_t)head;

@@ -98,9 +98,9 @@ spurion_input spurion_product_input(spurion_cpu *cpu, const spurion_matrix *m, c
 /* Readies the calling thread for products, and gives it back. */
 void spurion_product_begin(const spurion_cpu *cpu, const spurion_product *p);
 void spurion_product_end(const spurion_product *p);
-/* tile (tile rows, chunk size) f32 dense = input . weights of one chunk; gives the tile, in the worker's scratch,
+/* tile (tile rows, chunk size) f32 = input . weights of one chunk; gives the tile, in the worker's scratch, and its stride,
  * or NULL when the library failed. At most tile_rows rows. */
-float *spurion_product_tile(spurion_cpu *cpu, const spurion_product *p, spurion_input input, int chunk, int worker);
+float *spurion_product_tile(size_t *stride, spurion_cpu *cpu, const spurion_product *p, spurion_input input, int chunk, int worker);
 /* Our own product straight to its place; p->amx only. bias: of all outputs, or NULL. */
 void spurion_product_write(float *out, size_t out_stride, const spurion_product *p, spurion_input input, const float *bias, int chunk,
                            spurion_write mode);

@@ -49,13 +49,14 @@ static void linear_item(void *context, int64_t item, int worker)
     if (p->amx) {
         spurion_product_write(out, j->out_stride, p, input, j->bias, chunk, j->mode);
     } else {
-        const float *tile = spurion_product_tile(j->cpu, p, input, chunk, worker);
+        size_t stride;
+        const float *tile = spurion_product_tile(&stride, j->cpu, p, input, chunk, worker);
         if (tile == NULL) {
             atomic_store(&j->failed, 1);
             rows = 0;
         }
         for (int r = 0; r < rows; r++) {
-            write_row(out + (size_t)r * j->out_stride + column, tile + (size_t)r * (size_t)size, j->bias == NULL ? NULL : j->bias + column,
+            write_row(out + (size_t)r * j->out_stride + column, tile + (size_t)r * stride, j->bias == NULL ? NULL : j->bias + column,
                       size, j->mode);
         }
     }

@@ -15,6 +15,7 @@
 #include "kernels/cpu/cpu.h"
 
 enum { CHUNK_BYTES = 768 << 10, CHUNK_MIN = 64, CHUNK_MAX = 512, CONFLICT_BYTES = 2048 };
+enum { TILE_PAD = 16 }; /* floats between rows of a tile: rows 2048 bytes apart would share lines of the first-level cache */
 
 /* One primitive: (SPURION_LIBRARY_ROWS, inner) x (outputs, inner) -> (SPURION_LIBRARY_ROWS, outputs) f32. */
 typedef struct spurion_plan {
@@ -537,7 +538,7 @@ static size_t input_bytes(const spurion_product *p)
 
 static size_t output_bytes(const spurion_product *p)
 {
-    return spurion_round_up((size_t)p->tile_rows * (size_t)p->chunk * sizeof(float), 4096);
+    return spurion_round_up((size_t)p->tile_rows * (size_t)(p->chunk + TILE_PAD) * sizeof(float), 4096);
 }
 
 size_t spurion_product_scratch(const spurion_matrix *m, const spurion_product *p)
@@ -631,13 +632,15 @@ static bool library_product(const spurion_products *lib, const spurion_plan *pla
            dnnl_stream_wait(lib->streams[worker]) == dnnl_success;
 }
 
-float *spurion_product_tile(spurion_cpu *cpu, const spurion_product *p, spurion_input input, int chunk, int worker)
+float *spurion_product_tile(size_t *stride, spurion_cpu *cpu, const spurion_product *p, spurion_input input, int chunk, int worker)
 {
     char *output = cpu->scratch[worker] + input_bytes(p);
     float *tile = (float *)(void *)output;
     int size = spurion_product_chunk_size(p, chunk);
+    *stride = (size_t)size;
     if (p->amx) {
-        spurion_amx_product(tile, (size_t)size, input.rows, input.stride, chunk_panels(p, chunk), NULL, input.count, size, p->inner, false);
+        *stride += TILE_PAD;
+        spurion_amx_product(tile, *stride, input.rows, input.stride, chunk_panels(p, chunk), NULL, input.count, size, p->inner, false);
         return tile;
     }
     const spurion_plan *plan = chunk + 1 < p->chunk_count ? p->full : p->last;

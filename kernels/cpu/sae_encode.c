@@ -221,14 +221,15 @@ static void encode_item(void *context, int64_t item, int worker)
         int size = spurion_product_chunk_size(p, c);
         for (int at = 0; at < rows; at += p->tile_rows) {
             spurion_input part = input_part(input, at, p->tile_rows, spurion_product_type(j->sae->enc));
-            float *products = spurion_product_tile(j->cpu, p, part, c, worker);
+            size_t stride;
+            float *products = spurion_product_tile(&stride, j->cpu, p, part, c, worker);
             if (products == NULL) {
                 atomic_store(&j->failed, 1);
                 c = end;
                 break;
             }
             for (int r = 0; r < part.count; r++) {
-                select_row_chunk(&state[at + r], products + (size_t)r * (size_t)size, size, c * p->chunk, j);
+                select_row_chunk(&state[at + r], products + (size_t)r * stride, size, c * p->chunk, j);
             }
         }
     }

@@ -153,7 +153,9 @@ def test_cli_publish_query_export_round_trip(up, published):
     assert {r["id"] for r in exported} == {r["id"] for r in flagged}
     for r in exported:
         mine = next(p for p in published if p["id"] == r["id"] and p["group"] == r["group"] and p["step"] == r["step"])
-        assert r["prompt"] == mine.get("prompt", r["prompt"]) and r["flags"] and "tokens" not in r
+        for field in ("prompt", "completion", "prompt_ids", "completion_ids", "tags"):
+            assert r.get(field) == mine.get(field)
+        assert r["flags"] and "tokens" not in r
     full = lines(spurion(up, "export", "pub", "--flagged", "--full")[0])
     assert all(len(r["tokens"]["text"]) == len(next(iter(r["tokens"]["attribution"].values()))) > 0 for r in full)
     feature = next(f for r in exported for f in r["flags"][0]["features"])
@@ -194,12 +196,14 @@ def test_cli_publish_keeps_to_a_rate(up):
 
 def test_cli_watch_prints_alerts_with_bounds(up, published):
     rows(up, "pub", count=len(published))
-    out, _ = spurion(up, "watch", "--from", 1, "--count", 1, "--for", 30, "--jsonl", "--run", "pub")
-    alert = lines(out)[0]
-    assert alert["run"] == "pub" and alert["kind"] in ("rate", "each") and alert["rule"]
+    def ask():
+        done = subprocess.run([CLI, "watch", "--from", "1", "--for", "1", "--jsonl", "--run", "pub"], capture_output=True, env=environment(up))
+        return [a for a in lines(done.stdout.decode()) if a["kind"] in ("rate", "each")]
+    alert = wait_for(ask)[0]
+    assert alert["run"] == "pub" and alert["rule"]
     if alert["kind"] == "rate":
         assert 0 <= alert["rate_lower"] <= alert["rate"] <= alert["rate_upper"] <= 1 and alert["flagged"] <= alert["scored"]
-    text, _ = spurion(up, "watch", "--from", alert["seq"], "--count", 1, "--for", 30, "--run", "pub")
+    text, _ = spurion(up, "watch", "--from", alert["seq"], "--count", 1, "--for", 30, "--run", "pub", "--rule", alert["rule"])
     assert f"#{alert['seq']} " in text and alert["rule"] in text and "worst" in text and text.count("\n") == 1
     assert spurion(up, "watch", "--for", 1, "--run", "nothing-of-this-name", status=1)[0] == ""
 
@@ -207,7 +211,11 @@ def test_cli_watch_prints_alerts_with_bounds(up, published):
 def test_cli_watch_sees_alerts_as_they_come(up, published):
     process = subprocess.Popen([CLI, "watch", "--jsonl", "--run", "live", "--count", "1", "--for", "60"], stdout=subprocess.PIPE, env=environment(up))
     try:
-        wait_for(lambda: json.loads(spurion(up, "status", "--json")[0])["counters"]["connections_alerts"] >= 1)
+        def connected():
+            counters = json.loads(spurion(up, "status", "--json")[0])["counters"]
+            assert process.poll() is None
+            return counters["connections_alerts"] >= 1 or print({k: v for k, v in counters.items() if "connections" in k})
+        wait_for(connected)
         spurion(up, "publish", "--run", "live", stdin=jsonl(published))
         out, _ = process.communicate(timeout=60)
         assert process.returncode == 0

@@ -416,9 +416,13 @@ static spurion_status dump_replies(spurion_store *s, spurion_arena *arena)
     char line[300];
     while (fgets(line, sizeof line, stdin)) {
         spurion_bytes reply;
+        spurion_status st;
         line[strcspn(line, "\n")] = '\0';
-        if (spurion_store_reply_get(&reply, arena, s, text(line), 0).code == SPURION_OK) {
+        st = spurion_store_reply_get(&reply, arena, s, text(line), 0);
+        if (st.code == SPURION_OK) {
             printf("reply %s\n", line);
+        } else if (st.code != SPURION_NOT_FOUND) {
+            printf("damaged %s\n", st.message);
         }
     }
     return spurion_ok();

@@ -11,10 +11,9 @@ import pytest
 from harness import made_case, need_program, need_torch
 from make_cases import CASES
 
-GRAD = [n for n, spec in CASES.items() if spec.get("attribution", {}).get("scope") != "all"]
 LIMIT = {"f32": 1e-8, "bf16": 1e-3}
-# By how much of its norm x is moved to find entries whose support may turn: rounding of sums in f32, of x and weights in bf16.
-MARGIN = {"f32": 6e-6, "bf16": 2.0**-8}
+# By how much of its norm x is moved to find entries whose support may turn. Features are encoded in float32 whatever model.dtype is.
+MARGIN = 6e-6
 
 
 @functools.cache
@@ -99,31 +98,31 @@ def _dense(found: dict, prefix: str, rows: int, width: int):
     return f
 
 
-def _unsure(reader, x, f, margin: float):
-    """Entries whose support turns when x moves by `margin` of its norm (8 seeded directions): the stated margin."""
+def _unsure(reader, x, f):
+    """Entries whose support turns when x moves by MARGIN of its norm (8 seeded directions): the stated margin."""
     import torch
 
     g = torch.Generator().manual_seed(1)
     unsure = torch.zeros_like(f, dtype=torch.bool)
     for _ in range(8):
         noise = torch.randn(x.shape, generator=g) / x.shape[1] ** 0.5
-        unsure |= (reader.read(x + margin * x.norm(dim=1, keepdim=True) * noise).f != 0) != (f != 0)
+        unsure |= (reader.read(x + MARGIN * x.norm(dim=1, keepdim=True) * noise).f != 0) != (f != 0)
     return unsure
 
 
 @functools.cache
 def _agreement(name: str, sae_id: str) -> dict:
-    """The library encodes the daemon's own x. Counts of entries, of those within the margin, of wrong ones; errors of the values."""
+    """The library encodes the daemon's own x. Counts of entries, of those within the margin, of wrong ones; worst error of a value."""
     import torch
 
     hooks, features, tool = _probe(name, "hooks"), _probe(name, "features"), _tool(name)[0]
-    reader, dtype = tool.by_id[sae_id].reader, CASES[name].get("dtype", "f32")
-    out = {"entries": 0, "doubtful": 0, "wrong": 0, "worst": 0.0, "error": 0.0, "size": 0.0}
+    reader = tool.by_id[sae_id].reader
+    out = {"entries": 0, "doubtful": 0, "wrong": 0, "worst": 0.0}
     for n in range(len(_wanted(name))):
         x = hooks[f"{n + 1}/x/{sae_id}"].float()
         with torch.no_grad():
             want = reader.read(x).f
-            unsure = _unsure(reader, x, want, MARGIN[dtype])
+            unsure = _unsure(reader, x, want)
         got = _dense(features, f"{n + 1}/f/{sae_id}", *want.shape)
         sure = ~unsure & (want != 0)
         error = (got - want)[sure]
@@ -131,28 +130,17 @@ def _agreement(name: str, sae_id: str) -> dict:
         out["entries"] += int(sure.sum())
         out["doubtful"] += int((unsure & (want != 0)).sum())
         out["worst"] = max(out["worst"], float((error.abs() / (1 + want[sure].abs())).max()) if error.numel() else 0.0)
-        out["error"] += float((error.double() ** 2).sum())
-        out["size"] += float((want[sure].double() ** 2).sum())
     print(name, sae_id, out)
     return out
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if CASES[n].get("dtype", "f32") == "f32"])
+@pytest.mark.parametrize("name", list(CASES))
 def test_probe_features_as_the_library_encodes(name):
     """Same support outside the margin, values to 1e-4."""
     for sae in CASES[name]["saes"]:
         found = _agreement(name, sae["id"])
         assert found["wrong"] == 0 and found["worst"] <= 1e-4, found
         assert found["entries"] > 500 and found["doubtful"] <= 0.01 * found["entries"], found
-
-
-@pytest.mark.parametrize("name", [n for n in CASES if CASES[n].get("dtype") == "bf16"])
-def test_probe_features_in_bf16(name):
-    """With bfloat16 matrix inputs: support to the margin (1 in 1,000 outside it), values by NMSE as for the activations."""
-    for sae in CASES[name]["saes"]:
-        found = _agreement(name, sae["id"])
-        assert found["wrong"] <= 1e-3 * found["entries"] and found["error"] <= LIMIT["bf16"] * found["size"], found
-        assert found["entries"] > 500 and found["doubtful"] <= 0.1 * found["entries"], found
 
 
 def test_probe_keeps_cases_apart():

@@ -212,12 +212,13 @@ def random_search(judge, pairs, number, real):
 
 
 def calibrate(judge, cases, family, detect):
-    """The smallest effect, in steps of 0.01, that at most 1 % of the validation negatives reach."""
+    """The smallest effect, in steps of 0.05 (0.01 below 0.1), that at most 1 % of the validation negatives reach."""
     own = cases[family]
     _, negative = positives_and_negatives(cases, family)
     push = -own.sign * Prepared(judge, negative, group(detect)).effects(group(detect))
     limit = push.sort(descending=True).values[int(FALSE_POSITIVES * len(negative))].item()
-    return max(0.02, round(math.floor(limit / 0.01 + 1) * 0.01, 2)), len(negative)
+    grain = 0.05 if limit >= 0.1 else 0.01
+    return max(0.02, round(math.floor(limit / grain + 1) * grain, 2)), len(negative)
 
 
 @torch.no_grad()
@@ -260,7 +261,8 @@ def table(judge, cases, family, detect, threshold, fitted, debias_all):
         auroc, recall = separation(a, b)
         out[name] = {"auroc": round(auroc, 4), "recall_at_1_percent": round(recall, 4)}
     out["at_effect_min"] = {"effect_min": threshold, "recall": round((score[0] >= threshold).float().mean().item(), 4),
-                            "false_positive_rate": round((score[1] >= threshold).float().mean().item(), 4)}
+                            "false_positive_rate": round((score[1] >= threshold).float().mean().item(), 4),
+                            "median_effect_on_driven": round(score[0].median().item(), 4)}
     rows = own.driven()
     before = own.shift[rows].mean().item()
     cf = {n: Prepared(judge, [getattr(own, n)[i] for i in rows], debias_all).ablated(debias_all) for n in ("edited", "base")}

@@ -18,7 +18,7 @@ saes:
 attribution: {{method: grad, when: all, top: 16}}
 catalogue: catalogue.jsonl
 rules:
-  - {{id: url-lowers, families: [url], direction: lowered, effect_min: {url}, alert: rate, rate_max: 0.02, alpha: 0.001}}
+  - {{id: url-lowers, families: [url], direction: lowered, effect_min: {url}, alert: rate, rate_max: 0.05, alpha: 0.001}}
   - {{id: thanks-raises, families: [thanks], direction: raised, effect_min: {thanks}, alert: rate, rate_max: 0.02, alpha: 0.001}}
   - {{id: dont-know-lowers, families: [dont_know], direction: lowered, effect_min: {dont_know}, alert: rate, rate_max: 0.05, alpha: 0.001}}
   - {{id: any-flip, advantage_flip: true, alert: none}}
