@@ -190,7 +190,8 @@ uint32_t spurion_client_retry_after_ms(const spurion_client *c)
 
 size_t spurion_client_memory_bytes(const spurion_client *c)
 {
-    return sizeof *c + c->pool.bytes + c->previous.bytes + c->scratch.bytes + c->answer_capacity + c->tap.ring_bytes + c->call.frame_capacity + c->call.sp.in_capacity + c->tap.sync.frame_capacity +
+    return sizeof *c + c->pool.bytes + c->previous.bytes + c->scratch.bytes + c->answer_capacity + c->tap.ring_bytes + (size_t)c->tap.lost_capacity * sizeof *c->tap.lost +
+           (size_t)c->tap.unsure_capacity * sizeof *c->tap.unsure + c->call.frame_capacity + c->call.sp.in_capacity + c->tap.sync.frame_capacity +
            c->tap.sync.sp.in_capacity + c->alerts.sp.in_capacity + c->alerts.pool.bytes + c->alerts.held_pool.bytes;
 }
 

@@ -47,9 +47,17 @@ typedef struct spurion_ring_entry {
     struct spurion_ring_entry *next;
     uint64_t sequence;
     uint32_t rollouts;
+    int64_t sent_ms;              /* when the last of it went over the tap */
     size_t size;
     char data[];
 } spurion_ring_entry;
+
+/* A batch that went over the tap and that the ring forgot before the daemon said whether it came. */
+typedef struct spurion_unsure {
+    uint64_t sequence;
+    uint32_t rollouts;
+    int64_t sent_ms;
+} spurion_unsure;
 
 typedef struct spurion_tap_state {
     spurion_sp sp;
@@ -61,7 +69,9 @@ typedef struct spurion_tap_state {
     size_t ring_bytes;
     uint64_t stored_through;
     uint64_t published_rollouts, dropped_batches, dropped_rollouts, refilled;
-    spurion_range *lost;          /* forgotten, not yet settled with the daemon */
+    spurion_unsure *unsure;       /* in the order of their numbers */
+    int32_t unsure_count, unsure_capacity;
+    spurion_range *lost;          /* forgotten for good, not yet settled with the daemon; in order */
     int32_t lost_count, lost_capacity;
     uint64_t lost_rollouts;       /* dropped by the ring, whether they had a number or not */
     spurion_call sync;            /* Sync and Fill, beside the calls of the user */

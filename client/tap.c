@@ -10,6 +10,8 @@
 #define FILL_BATCHES 256
 #define BATCH_BYTES_MAX ((size_t)SPURION_FRAME_BYTES_MAX - 1024) /* of one Tap: it must fit into a Fill, and that into a frame */
 #define SYNC_TIMEOUT_MS 10000
+#define UNSURE_MAX 65536
+#define UNDER_WAY_MS 1000 /* a batch that went over the tap this long ago has come, or will not: the daemon reads as fast as the system lets it */
 #define WAIT_MS 50
 #define URGE_MS 10
 
@@ -26,6 +28,7 @@ void spurion_tap_fini(spurion_tap_state *t)
         t->first = next;
     }
     free(t->lost);
+    free(t->unsure);
 }
 
 static size_t entry_bytes(const spurion_ring_entry *e)
@@ -51,28 +54,65 @@ static void ring_pop(spurion_tap_state *t)
     free(e);
 }
 
-/* Notes that a batch is gone for good; ranges grow together. */
+/* Room for one more in a list; it doubles. */
+static spurion_status list_room(void **list, int32_t *capacity, int32_t count, size_t size)
+{
+    int32_t wanted = *capacity ? 2 * *capacity : 16;
+    void *grown;
+
+    if (count < *capacity) {
+        return spurion_ok();
+    }
+    grown = realloc(*list, (size_t)wanted * size);
+    if (!grown) {
+        return spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory for the list of lost batches");
+    }
+    *list = grown;
+    *capacity = wanted;
+    return spurion_ok();
+}
+
+/* Notes that a batch is gone for good; neighbours become one range. */
 static spurion_status lost_note(spurion_tap_state *t, uint64_t sequence, uint32_t rollouts)
 {
+    spurion_status st;
+    int32_t at = t->lost_count;
+
+    SPURION_TRY(st, list_room((void **)&t->lost, &t->lost_capacity, t->lost_count, sizeof *t->lost));
+    while (at > 0 && t->lost[at - 1].first > sequence) {
+        at--;
+    }
     t->dropped_batches++;
     t->dropped_rollouts += rollouts;
     t->lost_rollouts += rollouts;
-    if (t->lost_count && t->lost[t->lost_count - 1].last + 1 == sequence) {
-        t->lost[t->lost_count - 1].last = sequence;
-        return spurion_ok();
+    if (at > 0 && t->lost[at - 1].last + 1 == sequence) {
+        t->lost[at - 1].last = sequence;
+    } else if (at < t->lost_count && t->lost[at].first == sequence + 1) {
+        t->lost[at].first = sequence;
+    } else {
+        memmove(t->lost + at + 1, t->lost + at, (size_t)(t->lost_count - at) * sizeof *t->lost);
+        t->lost[at].first = t->lost[at].last = sequence;
+        t->lost_count++;
     }
-    if (t->lost_count == t->lost_capacity) {
-        int32_t capacity = t->lost_capacity ? 2 * t->lost_capacity : 16;
-        spurion_range *grown = realloc(t->lost, (size_t)capacity * sizeof *grown);
-        if (!grown) {
-            return spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory for the list of lost batches");
-        }
-        t->lost = grown;
-        t->lost_capacity = capacity;
+out:
+    return st;
+}
+
+/* Forgets the oldest batch. One that never went over the tap is lost; of one that did, the next Sync tells. */
+static spurion_status ring_forget(spurion_tap_state *t)
+{
+    spurion_status st;
+    const spurion_ring_entry *e = t->first;
+
+    if (t->sending == e || t->unsure_count == UNSURE_MAX) {
+        SPURION_TRY(st, lost_note(t, e->sequence, e->rollouts));
+    } else {
+        SPURION_TRY(st, list_room((void **)&t->unsure, &t->unsure_capacity, t->unsure_count, sizeof *t->unsure));
+        t->unsure[t->unsure_count++] = (spurion_unsure){e->sequence, e->rollouts, e->sent_ms};
     }
-    t->lost[t->lost_count].first = t->lost[t->lost_count].last = sequence;
-    t->lost_count++;
-    return spurion_ok();
+    ring_pop(t);
+out:
+    return st;
 }
 
 /* --- sending --- */
@@ -102,6 +142,7 @@ static void send_some(spurion_tap_state *t)
             return; /* the socket is full */
         }
         if (st.code == SPURION_OK) {
+            t->sending->sent_ms = spurion_sp_now_ms();
             t->sending = t->sending->next;
             t->sending_at = 0;
         }
@@ -200,6 +241,30 @@ static void confirm(spurion_tap_state *t, uint64_t stored_through)
     t->lost_count = kept;
 }
 
+/* What an answer says of the batches that the ring forgot: stored, lost, or not yet known. */
+static spurion_status resolve(spurion_tap_state *t, const spurion_sync_reply *answer)
+{
+    spurion_status st = spurion_ok();
+    int32_t kept = 0;
+
+    for (int32_t i = 0; i < t->unsure_count; i++) {
+        spurion_unsure u = t->unsure[i];
+        bool missing = in_ranges(answer->missing, answer->missing_count, u.sequence);
+        if (u.sequence <= answer->stored_through) {
+            continue;
+        }
+        if (missing && t->sync_started_ms - u.sent_ms >= UNDER_WAY_MS && st.code == SPURION_OK) {
+            st = lost_note(t, u.sequence, u.rollouts);
+            if (st.code == SPURION_OK) {
+                continue;
+            }
+        }
+        t->unsure[kept++] = u;
+    }
+    t->unsure_count = kept;
+    return st;
+}
+
 static spurion_status sync_answered(spurion_client *c, spurion_bytes got)
 {
     spurion_status st;
@@ -225,6 +290,7 @@ static spurion_status sync_answered(spurion_client *c, spurion_bytes got)
     t->lost_told = t->lost_asked;
     t->closed = t->closing_asked;
     confirm(t, answer.stored_through);
+    SPURION_TRY(st, resolve(t, &answer));
     SPURION_TRY(st, fill_start(c, &answer));
 out:
     return st;
@@ -291,8 +357,7 @@ static spurion_status ring_room(spurion_client *c, size_t bytes, int32_t rollout
 
     while (t->ring_bytes + bytes > c->ring_bytes_max) {
         if (c->policy == SPURION_RING_DROP_OLDEST && t->first && bytes <= c->ring_bytes_max) {
-            SPURION_TRY(st, lost_note(t, t->first->sequence, t->first->rollouts));
-            ring_pop(t);
+            SPURION_TRY(st, ring_forget(t));
             continue;
         }
         if (c->policy != SPURION_RING_BLOCK || !t->first || bytes > c->ring_bytes_max || spurion_sp_now_ms() >= deadline) {
@@ -323,6 +388,7 @@ static spurion_status ring_push(spurion_client *c, const spurion_tap *tap, spuri
     e->next = NULL;
     e->sequence = tap->sequence;
     e->rollouts = (uint32_t)tap->list.count;
+    e->sent_ms = 0;
     e->size = packed.size;
     memcpy(e->data, packed.data, packed.size);
     if (t->last) {
@@ -443,7 +509,7 @@ out:
 /* Whether the daemon holds, or was told that it never will, everything published so far. */
 static bool tap_settled(const spurion_tap_state *t)
 {
-    return !t->first && !t->lost_count && t->lost_told == t->lost_rollouts && t->closed == t->closing;
+    return !t->first && !t->unsure_count && !t->lost_count && t->lost_told == t->lost_rollouts && t->closed == t->closing;
 }
 
 static spurion_status tap_settle(spurion_client *c, int timeout_ms)

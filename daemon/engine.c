@@ -74,6 +74,10 @@ static spurion_status files_load(spurion_engine *e, loading *l)
 
     SPURION_TRY(st, spurion_model_config_read(&l->model, c->model.path));
     SPURION_TRY(st, head_choose(l, c));
+    if (c->model.append_eos && l->model.eos_count == 0) {
+        st = spurion_error(SPURION_INVALID_ARGUMENT, "model.append_eos: expected eos_token_id in %s/config.json, found none", c->model.path);
+        goto out;
+    }
     SPURION_TRY(st, spurion_weights_open(&l->weights, c->model.path, &l->model));
     (void)snprintf(tokenizer_path, sizeof tokenizer_path, "%s/tokenizer.json", c->model.path);
     SPURION_TRY(st, spurion_tokenizer_open(&e->tokenizer, tokenizer_path));

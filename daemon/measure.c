@@ -2,7 +2,6 @@
  * and shared prompts make needless (docs/architecture.md). Thread: the engine's. Memory: the engine's blocks and its arena. */
 #include "daemon/engine_internal.h"
 
-#include <math.h>
 #include <string.h>
 
 #include "daemon/base/check.h"
@@ -273,6 +272,7 @@ static void removal_store(measurement *k, const removal *r, float ablated)
 
     if (r->set < e->catalogue.set_count) {
         ((float *)job->set_effects)[r->set] = effect;
+        ((float *)job->set_rewards)[r->set] = ablated;
         if (r->set == e->catalogue.debias_set) {
             job->verdict.counterfactual_reward = ablated;
             job->verdict.effect = effect;
@@ -532,12 +532,13 @@ static spurion_status measured_take(const spurion_engine *e, spurion_job *job)
         m = spurion_arena_take(&job->arena, sizeof *m);
         job->measured = m;
         job->set_effects = spurion_arena_take_array(&job->arena, sets + 1, sizeof(float));
+        job->set_rewards = spurion_arena_take_array(&job->arena, sets + 1, sizeof(float));
         job->set_active = spurion_arena_take_array(&job->arena, sets + 1, sizeof(bool));
         if (m) {
             m->baseline = spurion_arena_take_array(&job->arena, (size_t)e->sae_count + 1, sizeof *m->baseline);
         }
     }
-    if (!m || !m->baseline || !job->set_effects || !job->set_active) {
+    if (!m || !m->baseline || !job->set_effects || !job->set_rewards || !job->set_active) {
         return spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory for a rollout's %zu effects", sets);
     }
     return spurion_ok();
@@ -546,13 +547,12 @@ static spurion_status measured_take(const spurion_engine *e, spurion_job *job)
 static void verdict_start(const spurion_engine *e, spurion_job *job, float reward)
 {
     spurion_verdict *v = &job->verdict;
-    double tolerance = e->config->reward.trainer_tolerance;
 
     v->reward = v->counterfactual_reward = reward;
     v->effect = 0.0F;
     memcpy(v->provenance, e->provenance, sizeof v->provenance);
-    if (job->rollout.has_trainer_reward && fabs((double)job->rollout.trainer_reward - (double)reward) > tolerance) {
-        v->warnings |= SPURION_WARN_TRAINER_REWARD_DIFFERS;
+    for (int s = 0; s < e->catalogue.set_count; s++) {
+        ((float *)job->set_rewards)[s] = reward;
     }
 }
 

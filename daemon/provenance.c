@@ -20,7 +20,7 @@ static json_t *hex_of(const unsigned char *digest)
 static spurion_status file_digest(unsigned char out[SPURION_SHA256_BYTES], const char *path)
 {
     spurion_status st;
-    spurion_sha256 h;
+    spurion_sha256 h = {NULL};
     char buffer[65536];
     size_t n;
     FILE *f = fopen(path, "rb");
@@ -83,7 +83,7 @@ spurion_status spurion_provenance_make(spurion_engine *e, spurion_weights *weigh
     const spurion_config *c = e->config;
     unsigned char digest[SPURION_SHA256_BYTES], catalogue[SPURION_SHA256_BYTES] = {0};
     json_t *all = NULL;
-    spurion_sha256 h;
+    spurion_sha256 h = {NULL};
 
     SPURION_TRY(st, spurion_weights_digest(digest, weights));
     if (c->catalogue) {
@@ -105,6 +105,7 @@ spurion_status spurion_provenance_make(spurion_engine *e, spurion_weights *weigh
     SPURION_TRY(st, spurion_sha256_finish(digest, &h));
     spurion_hex(e->provenance, digest, 8);
 out:
+    spurion_sha256_fini(&h);
     json_decref(all);
     return st;
 }

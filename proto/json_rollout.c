@@ -14,10 +14,24 @@ enum field { RUN, STEP, GROUP, ID, ATTEMPT, PROMPT, COMPLETION, PROMPT_IDS, COMP
 static const char *const field_names[FIELD_COUNT] = {"run",        "step",           "group",          "id",   "attempt",   "prompt", "completion",
                                                      "prompt_ids", "completion_ids", "trainer_reward", "tags", "group_size"};
 
+/* A name that is no field but close to one is a mistake that must not pass unseen; others (columns of a dataset) are left alone. */
+static bool near_miss(spurion_json_value key)
+{
+    char word[64];
+    size_t skip = key.size && key.data[0] == '"' ? 1 : 0, size = key.size > 2 * skip ? key.size - 2 * skip : 0;
+
+    if (size == 0 || size >= sizeof word) {
+        return false;
+    }
+    memcpy(word, key.data + skip, size);
+    word[size] = '\0';
+    return spurion_nearest(word, field_names, FIELD_COUNT) != NULL;
+}
+
 /* The members of a line by field. */
 typedef struct line_fields {
     spurion_json_value value[FIELD_COUNT];
-    spurion_json_value unknown; /* name of the first member that is no field */
+    spurion_json_value unknown; /* name of the first member that looks like a misspelt field */
 } line_fields;
 
 static char *copy(const spurion_memory *m, const char *data, size_t size)
@@ -58,7 +72,7 @@ static void sort_members(line_fields *out, spurion_json_value object)
         }
         if (f < FIELD_COUNT) {
             out->value[f] = value; /* of members of one name the last counts */
-        } else if (out->unknown.kind == SPURION_JSON_NONE) {
+        } else if (out->unknown.kind == SPURION_JSON_NONE && near_miss(key)) {
             out->unknown = key;
         }
     }
@@ -232,7 +246,7 @@ static spurion_status check_unknown(const line_fields *fields, const spurion_mem
     if (st.code != SPURION_OK) {
         return in_field("member's name", st);
     }
-    return spurion_error(SPURION_INVALID_ARGUMENT, "expected only the fields of a rollout, found unknown field '%.60s'%s", name.data,
+    return spurion_error(SPURION_INVALID_ARGUMENT, "expected a field of a rollout, found unknown field '%.60s'%s", name.data,
                          spurion_nearest_hint(hint, sizeof hint, name.data, field_names, FIELD_COUNT));
 }
 

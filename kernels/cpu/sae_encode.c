@@ -289,7 +289,7 @@ static void join_row(void *context, int64_t item, int worker)
     if (sae->kind == SPURION_SAE_TOPK) {
         n = join_spans(e, counts, j);
         if (n > sae->k) {
-            select_largest(e, n, sae->k);
+            (void)select_largest(e, n, sae->k);
             n = sae->k;
         }
         active = flip_all(e, n);

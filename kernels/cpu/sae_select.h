@@ -55,36 +55,41 @@ SIMD unsigned select_mask(vi m)
 #endif
 }
 
-/* Puts the `keep` largest words first (Hoare's quickselect, median of three). Words are distinct. */
-static inline void select_largest(uint64_t *e, int count, int keep)
+/* Number of words >= bar. Words are below 2^63: their values are positive. */
+static inline int select_count(const uint64_t *e, int count, uint64_t bar)
 {
-    int low = 0, high = count - 1;
-    while (low < high) {
-        int middle = low + (high - low) / 2;
-        uint64_t a = e[low], b = e[middle], c = e[high];
-        uint64_t pivot = a < b ? (b < c ? b : a < c ? c : a) : (a < c ? a : b < c ? c : b);
-        int i = low, k = high;
-        while (i <= k) {
-            while (e[i] > pivot) {
-                i++;
-            }
-            while (e[k] < pivot) {
-                k--;
-            }
-            if (i <= k) {
-                uint64_t t = e[i];
-                e[i++] = e[k];
-                e[k--] = t;
-            }
-        }
-        if (keep - 1 <= k) {
-            high = k;
-        } else if (keep - 1 >= i) {
-            low = i;
+    int64_t n = 0;
+    for (int i = 0; i < count; i++) {
+        n += (int64_t)e[i] >= (int64_t)bar;
+    }
+    return (int)n;
+}
+
+/* Keeps the `keep` largest words (count > keep), in their order; gives the least of them. Words are distinct, so that some bar lets
+ * exactly `keep` through: it is found by halving, which has no branch on data, unlike a quickselect. */
+static inline uint64_t select_largest(uint64_t *e, int count, int keep)
+{
+    uint64_t low = 0, high = (uint64_t)1 << 63; /* count(low) > keep >= count(high) */
+    while (high - low > 1) {
+        uint64_t middle = low + (high - low) / 2;
+        int n = select_count(e, count, middle);
+        if (n > keep) {
+            low = middle;
         } else {
-            return;
+            high = middle;
+            if (n == keep) {
+                break;
+            }
         }
     }
+    uint64_t least = UINT64_MAX;
+    for (int i = 0, n = 0; i < count; i++) {
+        uint64_t v = e[i];
+        e[n] = v; /* n <= i: what is overwritten was read */
+        n += v >= high;
+        least = v >= high && v < least ? v : least;
+    }
+    return least;
 }
 
 /* Ascending; Shell's sort with Ciura's gaps: no memory, a few hundred words. */
@@ -115,11 +120,7 @@ typedef struct select_row {
 static inline void select_shrink(select_row *s, int k)
 {
     if (s->count > k) {
-        select_largest(s->entries, s->count, k);
-        uint64_t least = s->entries[0];
-        for (int i = 1; i < k; i++) {
-            least = s->entries[i] < least ? s->entries[i] : least;
-        }
+        uint64_t least = select_largest(s->entries, s->count, k);
         s->count = k;
         s->floor = select_value((uint32_t)(least >> 32)); /* an equal value later has a higher index: it loses */
     }

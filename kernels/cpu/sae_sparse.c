@@ -33,6 +33,14 @@ static const float *decoder_row(const spurion_sae_weights *sae, int32_t index)
     return sae->dec + (size_t)index * (size_t)sae->d;
 }
 
+/* Asks for the next row while this one is read: rows lie anywhere in a dictionary of tens of megabytes. */
+static void fetch(const float *row, int d)
+{
+    for (int c = 0; c < d; c += 16) {
+        __builtin_prefetch(row + c, 0, 2);
+    }
+}
+
 static int held(const spurion_sparse *f, int t)
 {
     return f->count[t] < f->slots ? f->count[t] : f->slots;
@@ -45,6 +53,9 @@ static void attribute_row(void *context, int t)
     const float *g = j->g + (size_t)t * (size_t)j->sae->d;
     int n = held(j->f, t);
     for (int s = 0; s < n; s++) {
+        if (s + 1 < n) {
+            fetch(decoder_row(j->sae, j->f->index[at + (size_t)s + 1]), j->sae->d);
+        }
         float slope = dot(decoder_row(j->sae, j->f->index[at + (size_t)s]), g, j->sae->d) * j->f->token_scale[t];
         j->out[at + (size_t)s] = j->f->value[at + (size_t)s] * slope;
     }

@@ -255,7 +255,8 @@ def run_rounds(place, rounds, env, cut, seed, patience=300, busy_only=False):
                 time.sleep(rng.uniform(*LIFE_S))
             else:
                 before = acknowledged(clients)
-                if not wait_for(lambda: acknowledged(clients) > before, 60):
+                progress = wait_for(lambda: acknowledged(clients) > before or daemon.process.poll() is not None, 60)
+                if not progress:
                     return [f"round {n}: nothing was acknowledged for 60 s: {daemon.log()}"], {}
                 time.sleep(rng.uniform(*BUSY_S))
             ended = daemon.kill()

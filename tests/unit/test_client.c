@@ -560,6 +560,36 @@ static void test_client_drop_oldest_counts_exactly(void **state)
     spurion_client_close(c);
 }
 
+/* What the ring forgets may have come all the same: only what did not is lost. */
+static void test_client_counts_as_lost_only_what_did_not_come(void **state)
+{
+    fake *f = *state;
+    spurion_client *c = client_of(f, SPURION_RING_DROP_OLDEST, 100000, PATIENCE_MS);
+    int64_t start = now_ms();
+
+    for (int i = 1; i <= 10; i++) {
+        f->deaf_to[3 * i] = true;
+    }
+    fake_start(f);
+    while (!stats_of(c).connected && now_ms() - start < PATIENCE_MS) { /* not ready: no Sync is answered before the ring is full */
+        (void)spurion_client_pump(c);
+    }
+    pthread_mutex_lock(&f->lock); /* the daemon reads nothing and answers nothing; its sockets take what they hold */
+    for (int i = 0; i < 200; i++) {
+        ok(c, publish(c, 1, 4000));
+    }
+    pthread_mutex_unlock(&f->lock);
+    assert_int_equal(spurion_client_flush(c, PATIENCE_MS), SPURION_DATA_LOSS);
+    assert_int_equal(received_count(f) + (int)stats_of(c).dropped_batches, 200);
+    assert_int_equal(f->lost_rollouts, 2 * stats_of(c).dropped_batches);
+    for (int i = 1; i <= 200; i++) {
+        assert_true(f->received[i] != f->lost[i]);
+    }
+    assert_true(stats_of(c).dropped_batches >= 5);
+    assert_true(received_count(f) > 40); /* more than the ring held */
+    spurion_client_close(c);
+}
+
 static void test_client_block_waits_for_room(void **state)
 {
     fake *f = *state;
@@ -993,6 +1023,7 @@ int main(void)
         CASE(test_client_outlives_the_daemon),
         CASE(test_client_drop_new_counts_exactly),
         CASE(test_client_drop_oldest_counts_exactly),
+        CASE(test_client_counts_as_lost_only_what_did_not_come),
         CASE(test_client_block_waits_for_room),
         CASE(test_client_joins_pages_and_begins_again_when_they_are_forgotten),
         CASE(test_client_tries_again_under_one_key),
