@@ -190,9 +190,12 @@ uint32_t spurion_client_retry_after_ms(const spurion_client *c)
 
 size_t spurion_client_memory_bytes(const spurion_client *c)
 {
-    return sizeof *c + c->pool.bytes + c->previous.bytes + c->scratch.bytes + c->answer_capacity + c->tap.ring_bytes + (size_t)c->tap.lost_capacity * sizeof *c->tap.lost +
-           (size_t)c->tap.unsure_capacity * sizeof *c->tap.unsure + c->call.frame_capacity + c->call.sp.in_capacity + c->tap.sync.frame_capacity +
-           c->tap.sync.sp.in_capacity + c->alerts.sp.in_capacity + c->alerts.pool.bytes + c->alerts.held_pool.bytes;
+    const spurion_tap_state *t = &c->tap;
+
+    return sizeof *c + c->pool.bytes + c->previous.bytes + c->scratch.bytes + c->answer_capacity + t->ring_bytes +
+           (size_t)t->lost_capacity * sizeof *t->lost + (size_t)t->unsure_capacity * sizeof *t->unsure + c->call.frame_capacity +
+           c->call.sp.in_capacity + t->sync.frame_capacity + t->sync.sp.in_capacity + c->alerts.sp.in_capacity + c->alerts.pool.bytes +
+           c->alerts.held_pool.bytes;
 }
 
 const char *spurion_client_version(void)

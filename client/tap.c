@@ -188,7 +188,7 @@ static bool in_ranges(const spurion_range *ranges, int32_t count, uint64_t seque
     return false;
 }
 
-/* Sends again what the daemon misses, as far as the ring still holds it; what it does not is lost. */
+/* Sends again what the daemon misses, as far as the ring still holds it. */
 static spurion_status fill_start(spurion_client *c, const spurion_sync_reply *answer)
 {
     spurion_status st = spurion_ok();

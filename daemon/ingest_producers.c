@@ -493,14 +493,20 @@ void spurion_producers_stage_sync(spurion_producers *all, spurion_producer *p, c
 {
     pthread_mutex_lock(&all->lock);
     for (int32_t i = 0; i < sync->lost_count; i++) {
-        uint64_t before = spurion_ranges_total(&p->received);
+        uint64_t before = spurion_ranges_total(&p->received), lost;
         if (p->received.count + 2 > SPURION_RANGES_MAX ||
             !spurion_ranges_fill(&p->staged.stored, &p->received, sync->lost[i].first, sync->lost[i].last)) {
             break; /* told again by the next Sync */
         }
-        p->staged.lost_messages += spurion_ranges_total(&p->received) - before;
+        lost = spurion_ranges_total(&p->received) - before;
+        p->staged.lost_messages += lost;
+        if (sync->lost_counts != NULL && lost == sync->lost[i].last - sync->lost[i].first + 1) { /* what came late was not lost */
+            p->staged.lost_rollouts += sync->lost_counts[i];
+        }
     }
-    p->staged.lost_rollouts = sync->lost_rollouts > p->staged.lost_rollouts ? sync->lost_rollouts : p->staged.lost_rollouts;
+    if (sync->lost_counts == NULL && sync->lost_rollouts > p->staged.lost_rollouts) {
+        p->staged.lost_rollouts = sync->lost_rollouts;
+    }
     if (sync->closing) {
         p->staged.closing = sync->last_sequence + 1;
     }

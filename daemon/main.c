@@ -267,11 +267,20 @@ static int with_config(const arguments *a)
     return status;
 }
 
+/* Debian's oneDNN brings OpenMP, whose threads spin unless they are told not to before the program starts: then start again, told. */
+static void wait_passively(char **argv)
+{
+    if (!getenv("OMP_WAIT_POLICY") && setenv("OMP_WAIT_POLICY", "passive", 1) == 0) {
+        (void)execv("/proc/self/exe", argv); /* on failure go on as we are: slower beside others, not wrong */
+    }
+}
+
 int main(int argc, char **argv)
 {
     arguments a;
     int status;
 
+    wait_passively(argv);
     (void)signal(SIGPIPE, SIG_IGN); /* a closed pipe is a failed write, told as such */
     spurion_log_level_set(SPURION_LOG_WARN);
     status = read_arguments(&a, argc, argv);

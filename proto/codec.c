@@ -296,6 +296,10 @@ spurion_status spurion_codec_encode_sync(spurion_bytes *out, const spurion_memor
     set_ranges(&r.lost_first, &r.n_lost_first, &r.lost_last, &r.n_lost_last, &w, in->lost, in->lost_count);
     WIRE_SET(&r, lost_rollouts, in->lost_rollouts);
     WIRE_SET(&r, closing, in->closing);
+    if (in->lost_counts != NULL) {
+        r.n_lost_count = (size_t)in->lost_count;
+        r.lost_count = (uint64_t *)in->lost_counts;
+    }
     SPURION_TRY(st, wire_pack(out, &w, &r.base));
 out:
     return st;
@@ -321,6 +325,10 @@ spurion_status spurion_codec_decode_sync(spurion_sync *out, const spurion_memory
     SPURION_TRY(st, spurion_name_check(out->run, "run"));
     SPURION_TRY(st, spurion_name_check(out->producer, "producer"));
     SPURION_TRY(st, get_ranges(&out->lost, &out->lost_count, &w, "lost", r->lost_first, r->n_lost_first, r->lost_last, r->n_lost_last));
+    if (r->n_lost_count > 0) {
+        SPURION_TRY(st, wire_same("lost_count", r->n_lost_count, (size_t)out->lost_count));
+        out->lost_counts = r->lost_count;
+    }
     if (out->lost_count > 0 && out->lost[out->lost_count - 1].last > out->last_sequence) {
         st = spurion_error(SPURION_INVALID_ARGUMENT, "lost: expected ranges up to last_sequence %llu, found %llu",
                            (unsigned long long)out->last_sequence, (unsigned long long)out->lost[out->lost_count - 1].last);

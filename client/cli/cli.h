@@ -142,6 +142,8 @@ typedef struct cli_table {
 void cli_table_init(cli_table *t, const char *const *titles, int columns);
 /* Copies the text; cells fill row by row. */
 void cli_table_cell(cli_table *t, int column, const char *format, ...) SPURION_PRINTF(3, 4);
+/* With its sign, four places or (short_form) four digits; an empty cell where there is none. */
+void cli_table_signed(cli_table *t, int column, spurion_opt_float value, bool short_form);
 void cli_table_name(cli_table *t, int column, spurion_bytes text);
 void cli_table_row(cli_table *t);
 void cli_table_print(spurion_text *out, cli_table *t, const cli *c);

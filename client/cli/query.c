@@ -147,8 +147,8 @@ static int table_row(void *context, const spurion_row *r)
     cli_table_cell(t, 4, "%.4f", (double)r->reward);
     cli_table_cell(t, 5, "%.4f", (double)r->counterfactual_reward);
     cli_table_cell(t, 6, "%+.4f", (double)r->effect);
-    cli_table_cell(t, 7, r->advantage.has ? "%+.4f" : "", (double)r->advantage.value);
-    cli_table_cell(t, 8, r->counterfactual_advantage.has ? "%+.4f" : "", (double)r->counterfactual_advantage.value);
+    cli_table_signed(t, 7, r->advantage, false);
+    cli_table_signed(t, 8, r->counterfactual_advantage, false);
     cli_table_cell(t, 9, "%s", r->advantage.has && r->advantage_flip ? "yes" : "");
     for (int32_t i = 0; i < r->rule_count; i++) {
         cli_put(&names, i ? " " : "");

@@ -20,31 +20,33 @@ typedef struct scorer {
     uint64_t judged, refused;
 } scorer;
 
-static const char *const titles[] = {">STEP", "GROUP", "ID", ">REWARD", ">WITHOUT", ">EFFECT", ">ADV", ">ADV WITHOUT", "RULES", "WARNINGS"};
+static const char *const titles[] = {">STEP", "GROUP", "ID", ">REWARD", ">WITHOUT", ">EFFECT", ">ADV", ">ADV WITHOUT", "FLIP", "RULES", "WARNINGS"};
 
 static void table_verdict(scorer *s, const spurion_verdict *v)
 {
     spurion_text names = {NULL, 0, 0, false};
 
-    cli_table_cell(&s->table, 0, v->has_step ? "%lld" : "", (long long)v->step);
+    if (v->has_step) {
+        cli_table_cell(&s->table, 0, "%lld", (long long)v->step);
+    }
     cli_table_name(&s->table, 1, v->group);
     cli_table_name(&s->table, 2, v->id);
     if (v->code != SPURION_OK) {
         spurion_text_print(&names, "%s: ", spurion_code_name(v->code));
         cli_put_safe(&names, v->message, false);
-        cli_table_cell(&s->table, 8, "%s", names.data);
+        cli_table_cell(&s->table, 9, "%s", names.data ? names.data : "");
     } else {
         cli_table_cell(&s->table, 3, "%.4f", (double)v->reward);
         cli_table_cell(&s->table, 4, "%.4f", (double)v->counterfactual_reward);
         cli_table_cell(&s->table, 5, "%+.4f", (double)v->effect);
-        cli_table_cell(&s->table, 6, v->advantage.has ? "%+.4f" : "", (double)v->advantage.value);
-        cli_table_cell(&s->table, 7, v->counterfactual_advantage.has ? "%+.4f%s" : "", (double)v->counterfactual_advantage.value,
-                       v->advantage_flip ? " flip" : "");
+        cli_table_signed(&s->table, 6, v->advantage, false);
+        cli_table_signed(&s->table, 7, v->counterfactual_advantage, false);
+        cli_table_cell(&s->table, 8, "%s", v->advantage.has && v->advantage_flip ? "yes" : "");
         for (int32_t i = 0; i < v->flag_count; i++) {
             cli_put(&names, i ? " " : "");
             cli_put_safe(&names, v->flags[i].rule, false);
         }
-        cli_table_cell(&s->table, 8, "%s", names.data ? names.data : "");
+        cli_table_cell(&s->table, 9, "%s", names.data ? names.data : "");
         names.size = 0;
         cli_put(&names, "");
         for (int bit = 0; bit < SPURION_WARNING_COUNT; bit++) {
@@ -52,7 +54,7 @@ static void table_verdict(scorer *s, const spurion_verdict *v)
                 spurion_text_print(&names, "%s%s", names.size ? " " : "", spurion_warning_name(bit));
             }
         }
-        cli_table_cell(&s->table, 9, "%s", names.data ? names.data : "");
+        cli_table_cell(&s->table, 10, "%s", names.data ? names.data : "");
     }
     spurion_text_fini(&names);
     cli_table_row(&s->table);
@@ -205,7 +207,7 @@ int cli_score(cli *c)
         status = cli_connect(c, &options, false, false);
     }
     if (status == CLI_OK) {
-        cli_table_init(&s.table, titles, 10);
+        cli_table_init(&s.table, titles, 11);
         cli_progress_init(&s.progress);
         status = score_all(&s, &in);
         cli_progress_end(&s.progress);

@@ -189,11 +189,6 @@ static void put_numbers(spurion_text *out, const cli *c, const spurion_verdict *
     }
 }
 
-static void number_cell(cli_table *t, int column, spurion_opt_float value)
-{
-    cli_table_cell(t, column, value.has ? "%+.4g" : "", (double)value.value);
-}
-
 static void put_features(spurion_text *out, const cli *c, const spurion_verdict *v)
 {
     static const char *const titles[] = {"FEATURE", "LABEL", "VERDICT", ">ATTRIBUTION", ">ABLATION", ">MAX", ">PEAK", "PEAK TOKEN"};
@@ -212,8 +207,8 @@ static void put_features(spurion_text *out, const cli *c, const spurion_verdict 
         spurion_text_fini(&name);
         cli_table_name(&t, 1, f->label);
         cli_table_name(&t, 2, f->verdict);
-        number_cell(&t, 3, f->attribution);
-        number_cell(&t, 4, f->ablation_effect);
+        cli_table_signed(&t, 3, f->attribution, true);
+        cli_table_signed(&t, 4, f->ablation_effect, true);
         cli_table_cell(&t, 5, "%.4g", (double)f->activation_max);
         cli_table_cell(&t, 6, "%d", f->peak_position);
         for (int32_t k = 0; v->tokens && k < v->tokens->count; k++) {
@@ -237,12 +232,14 @@ static void put_saes(spurion_text *out, const cli *c, const spurion_verdict *v)
     for (int32_t i = 0; i < v->sae_count; i++) {
         const spurion_sae_summary *s = &v->saes[i];
         cli_table_name(&t, 0, s->sae);
-        number_cell(&t, 1, s->attribution_sum);
-        number_cell(&t, 2, s->error_attribution);
-        number_cell(&t, 3, s->bias_attribution);
-        number_cell(&t, 4, s->baseline_reward);
-        number_cell(&t, 5, s->residual);
-        cli_table_cell(&t, 6, s->l0_mean.has ? "%.1f" : "", (double)s->l0_mean.value);
+        cli_table_signed(&t, 1, s->attribution_sum, true);
+        cli_table_signed(&t, 2, s->error_attribution, true);
+        cli_table_signed(&t, 3, s->bias_attribution, true);
+        cli_table_signed(&t, 4, s->baseline_reward, true);
+        cli_table_signed(&t, 5, s->residual, true);
+        if (s->l0_mean.has) {
+            cli_table_cell(&t, 6, "%.1f", (double)s->l0_mean.value);
+        }
         cli_table_row(&t);
     }
     cli_table_print(out, &t, c);

@@ -181,6 +181,13 @@ void cli_table_cell(cli_table *t, int column, const char *format, ...)
     va_end(args);
 }
 
+void cli_table_signed(cli_table *t, int column, spurion_opt_float value, bool short_form)
+{
+    if (value.has) {
+        cli_table_cell(t, column, short_form ? "%+.4g" : "%+.4f", (double)value.value);
+    }
+}
+
 void cli_table_name(cli_table *t, int column, spurion_bytes text)
 {
     spurion_text safe = {NULL, 0, 0, false};

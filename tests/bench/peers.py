@@ -6,6 +6,8 @@
             encoded, attribution by gathering the active decoder rows
     shared  expert, and the group's prompt runs once: its keys and values are kept and repeated for the members
 
+In bf16 the peers' SAE is bfloat16 too, the cheaper way; the daemon encodes in float32.
+
 As a program it is a worker: it loads the case, then answers each line `run` on stdin with one JSON line of its time and results.
 Prompts of a group are equal and all completions have one length, so no peer pays for padding.
 """

@@ -79,8 +79,7 @@ def main():
         if ring >= 1 << 20:
             synced(p, rpc_url, tap_url, False, m, deadline)
     r = synced(p, rpc_url, tap_url, True, m, deadline)
-    print(json.dumps({"name": name, "steps": steps, "sent": sent, "lost": p.lost_rollouts, "told_lost": r.lost_rollouts, "told_messages": r.lost_messages,
-                      "lost_messages": len(p.lost)}))
+    print(json.dumps({"name": name, "steps": steps, "sent": sent, "feared": sum(p.lost.values()), "lost": r.lost_rollouts}))
 
 
 main()

@@ -111,14 +111,14 @@ def test_cli_score_prints_what_judge_prints(up, tokens):
 def test_cli_score_refuses_single_lines(up):
     good = rollout("mixed", 1, "g", 1, " would help them.")
     text = jsonl([good]) + "no json\n" + jsonl([dict(good, id="g-2", completion="")]) + '{"run":"mixed","step":1,"group":"g"}\n' + jsonl(
-        [dict(good, id="g-3", surprise=1)])
+        [dict(good, id="g-3", completon="x")])
     out, err = spurion(up, "score", stdin=text, status=3)
     got = lines(out)
     assert "reward" in got[0] and "4 of 5 rollouts were refused" in err
     assert got[1] == {"line": 2, "error": got[1]["error"]} and got[1]["error"]["code"] == "INVALID_ARGUMENT"
     assert got[2]["id"] == "g-2" and got[2]["error"]["code"] == "INVALID_ARGUMENT"
     assert got[3]["run"] == "mixed" and got[3]["id"] is None and "id" in got[3]["error"]["message"]
-    assert "surprise" in got[4]["error"]["message"]
+    assert "did you mean 'completion'" in got[4]["error"]["message"]
     out, _ = spurion(up, "score", "--table", stdin=jsonl([good]))
     assert "REWARD" in out.splitlines()[0] and "g-1" in out.splitlines()[1]
 

@@ -130,7 +130,10 @@ class Publisher:
     def __init__(self, url, rpc, run, name, epoch, ring=1 << 30):
         self.sp, self.rpc, self.m = Sp(url, PUB), rpc, rpc.m
         self.run, self.name, self.epoch = run.encode(), name.encode(), epoch
-        self.sequence, self.ring, self.kept, self.lost, self.lost_rollouts = 0, ring, {}, set(), 0
+        self.sequence, self.ring = 0, ring
+        self.kept = {}  # sequence -> (message, rollouts in it)
+        self.gone = {}  # sequence -> rollouts: fell out of the ring
+        self.lost = {}  # of these, those that the daemon did not have when it was asked
 
     def tap(self, rollouts=(), step_end=None, send=True):
         self.sequence += 1
@@ -141,28 +144,22 @@ class Publisher:
         self.kept[self.sequence] = (data, len(t.rollouts))
         while len(self.kept) > self.ring:
             oldest = min(self.kept)
-            self.lost_candidate = self.kept.pop(oldest)
-            self.gone = getattr(self, "gone", {})
-            self.gone[oldest] = self.lost_candidate[1]
+            self.gone[oldest] = self.kept.pop(oldest)[1]
         if send:
             try:
                 self.sp.send(data)
             except OSError:
                 pass  # the daemon is gone: the ring keeps it
-        return self.sequence
 
     def redial(self, url):
         self.sp.close()
         self.sp = Sp(url, PUB)
 
     def sync(self, closing=False):
-        gone = getattr(self, "gone", {})
         r = self.rpc.call("Sync", self.request(closing))
         while r.missing_first:
             wanted = [s for a, b in zip(r.missing_first, r.missing_last) for s in range(a, b + 1)]
-            for s in [s for s in wanted if s in gone and s not in self.lost]:
-                self.lost.add(s)
-                self.lost_rollouts += gone[s]
+            self.lost.update({s: self.gone[s] for s in wanted if s in self.gone})
             have = [self.kept[s][0] for s in wanted if s in self.kept]
             while have:
                 try:
@@ -175,8 +172,8 @@ class Publisher:
 
     def request(self, closing):
         q = self.m.SyncRequest(run=self.run, producer=self.name, epoch=self.epoch, last_sequence=self.sequence, closing=closing)
-        for s in sorted(self.lost):
+        for s in sorted(self.lost):  # one range for each message: the daemon counts those that are really missing
             q.lost_first.append(s)
             q.lost_last.append(s)
-        q.lost_rollouts = self.lost_rollouts
+            q.lost_count.append(self.lost[s])
         return q

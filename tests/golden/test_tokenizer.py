@@ -34,7 +34,7 @@ def _texts(name: str) -> list[str]:
         for line in lines:
             found += _strings(json.loads(line))
     assert len(found) > 400
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _library(path):

@@ -114,9 +114,12 @@ static void keep_top(double *f, int n, int k)
 {
     char *kept = calloc((size_t)n, 1);
     for (int r = 0; r < k && r < n; r++) {
-        int best = -1;
-        for (int i = 0; i < n; i++) {
-            if (!kept[i] && (best < 0 || f[i] > f[best])) {
+        int best = 0;
+        while (best < n - 1 && kept[best]) {
+            best++;
+        }
+        for (int i = best + 1; i < n; i++) {
+            if (!kept[i] && f[i] > f[best]) {
                 best = i;
             }
         }

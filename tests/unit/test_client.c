@@ -392,6 +392,13 @@ static int received_count(fake *f)
     return n;
 }
 
+/* What the daemon's thread wrote before is seen after this. */
+static void look(fake *f)
+{
+    pthread_mutex_lock(&f->lock);
+    pthread_mutex_unlock(&f->lock);
+}
+
 /* --- the other side --- */
 
 static spurion_client *client_of(const fake *f, spurion_ring_policy policy, size_t ring, int timeout_ms)
@@ -460,6 +467,7 @@ static void test_client_delivers_every_batch_once_confirmed(void **state)
     assert_int_equal(f->step_end, 2);
     assert_false(f->closing);
     ok(c, spurion_client_leave(c, PATIENCE_MS));
+    look(f);
     assert_true(f->closing);
     spurion_client_close(c);
 }
@@ -841,6 +849,7 @@ static void test_client_joins_pages_and_begins_again_when_they_are_forgotten(voi
         for (int i = 0; i < QUERY_ROWS; i++) {
             assert_int_equal(r.rows[i].key.step, i);
         }
+        look(f);
         assert_string_equal(f->cursor, round ? "the-cursor" : "");
         q.cursor = r.cursor; /* borrows from the answer: the next call may be given it */
     }
@@ -859,13 +868,16 @@ static void test_client_tries_again_under_one_key(void **state)
     fake_start(f);
     ok(c, spurion_client_score(c, &v, &r, 1, false, PATIENCE_MS));
     assert_int_equal(v.count, 1);
+    look(f);
     assert_int_equal(f->key_count, 4);
     for (int i = 1; i < 4; i++) {
         assert_memory_equal(f->keys[i], f->keys[0], 16);
     }
     ok(c, spurion_client_score(c, &v, &r, 1, false, PATIENCE_MS));
+    pthread_mutex_lock(&f->lock);
     assert_memory_not_equal(f->keys[4], f->keys[0], 16);
     f->busy = 1000;
+    pthread_mutex_unlock(&f->lock);
     assert_int_equal(spurion_client_score(c, &v, &r, 1, false, 200), SPURION_UNAVAILABLE);
     assert_int_equal(spurion_client_retry_after_ms(c), 20);
     spurion_client_close(c);

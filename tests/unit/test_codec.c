@@ -374,6 +374,7 @@ static void test_codec_sync_wants_ascending_ranges(void **state)
 {
     fixture *f = *state;
     spurion_range good[2] = {{1, 3}, {7, 7}}, bad[2] = {{5, 6}, {6, 9}};
+    uint64_t counts[2] = {24, 8};
     spurion_sync in, out;
     spurion_bytes wire;
 
@@ -389,6 +390,11 @@ static void test_codec_sync_wants_ascending_ranges(void **state)
     assert_ok(spurion_codec_decode_sync(&out, &f->m, wire));
     assert_int_equal(out.lost_count, 2);
     assert_true(out.lost[1].first == 7 && out.lost[1].last == 7 && out.lost_rollouts == 32 && out.closing);
+    assert_null(out.lost_counts);
+    in.lost_counts = counts;
+    assert_ok(spurion_codec_encode_sync(&wire, &f->m, &in));
+    assert_ok(spurion_codec_decode_sync(&out, &f->m, wire));
+    assert_true(out.lost_counts[0] == 24 && out.lost_counts[1] == 8);
     in.lost = bad;
     assert_ok(spurion_codec_encode_sync(&wire, &f->m, &in));
     assert_refused(spurion_codec_decode_sync(&out, &f->m, wire), SPURION_INVALID_ARGUMENT, "lost");

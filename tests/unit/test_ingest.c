@@ -265,6 +265,7 @@ static void test_producers_count_losses_once(void **state)
     r = ask(w, &s);
     assert_true(r.stored_through == 3 && r.lost_messages == 2 && r.lost_rollouts == 16);
     s.closing = true;
+    s.lost_count = 0;
     assert_int_equal(spurion_producers_sync(&r, &q, w->p, &w->m, &s).code, SPURION_OK);
     spurion_producers_stage_sync(w->p, q, &s);
     spurion_producers_settle(&word, w->p, q, 1);
@@ -272,6 +273,31 @@ static void test_producers_count_losses_once(void **state)
     (void)came(&p, w, 4);
     word = store(w, p, 4, 3, -1);
     assert_true(word.closed && word.seen == 3);
+}
+
+static void test_producers_do_not_count_what_came_late(void **state)
+{
+    world *w = *state;
+    spurion_range lost[2] = {{1, 1}, {2, 2}};
+    uint64_t counts[2] = {4, 8};
+    spurion_producer *p, *q;
+    spurion_sync s = sync_of(2);
+    spurion_sync_reply r;
+    spurion_word word;
+
+    s.lost = lost;
+    s.lost_count = 2;
+    s.lost_counts = counts;
+    assert_int_equal(spurion_producers_sync(&r, &q, w->p, &w->m, &s).code, SPURION_OK);
+    assert_int_equal(came(&p, w, 2), SPURION_TAKEN); /* before the losses are settled: it was only late */
+    spurion_producers_stage_sync(w->p, q, &s);
+    spurion_producers_settle(&word, w->p, q, 1);
+    r = ask(w, &s);
+    assert_true(r.lost_messages == 1 && r.lost_rollouts == 4 && r.stored_through == 1);
+    assert_int_equal(came(&q, w, 1), SPURION_TAKEN_BEFORE); /* after that it is lost for good, or it would count twice */
+    (void)store(w, p, 2, -1, -1);
+    r = ask(w, &s);
+    assert_true(r.stored_through == 2 && r.lost_rollouts == 4);
 }
 
 static void test_producers_refuse_damaged_marks(void **state)
@@ -405,6 +431,7 @@ int main(void)
         T(test_producers_word_counts_without_holes_only),
         T(test_producers_remember_what_is_stored),
         T(test_producers_count_losses_once),
+        T(test_producers_do_not_count_what_came_late),
         T(test_producers_refuse_damaged_marks),
         T(test_producers_limit_holes),
         cmocka_unit_test(test_flights_hold_one_of_each_identity),

@@ -129,6 +129,7 @@ typedef struct spurion_sync {
     int32_t lost_count;
     uint64_t lost_rollouts;
     bool closing;
+    const uint64_t *lost_counts; /* (lost_count) rollouts of each range, or NULL: lost_rollouts says all of them */
 } spurion_sync;
 
 typedef struct spurion_sync_reply {

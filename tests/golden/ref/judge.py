@@ -234,13 +234,10 @@ class Judge:
     def _explain(self, member: Member) -> dict:
         """For comparison only: how near this rollout stands to decisions that rounding could turn."""
         m, near = member.m, float("inf")
-        for key, feature in self.config.catalogue.items():
-            if feature.verdict == "spurious":
-                f = m.readings[key[0]].f[:, key[1]]
-                scale = max(1.0, float(f.max()))
-                if feature.activation_min > 0 or float(f.max()) > 0:
-                    near = min(near, float((f[f != 0] - feature.activation_min).abs().min()) / scale
-                               if bool((f != 0).any()) else float("inf"))
+        for (sae, index), feature in self.config.catalogue.items():
+            peak = float(m.readings[sae].f[:, index].max())
+            if feature.verdict == "spurious" and peak > 0:
+                near = min(near, abs(peak - feature.activation_min) / max(1.0, peak))
         return {"rules": member.explain, "activity_margin": near}
 
 
