@@ -26,7 +26,6 @@ export OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE=1
 export SPURION_SHARED=${SPURION_SHARED:-$here/../shared}
 
 venv=${SPURION_VENV:-$HOME/.cache/spurion/venv}
-python=python3
 if [ $judges = 1 ]; then
     if ! "$venv/bin/python" -c 'import torch, transformers, sae_lens, dictionary_learning, tokenizers, safetensors, pytest, yaml' 2>/dev/null; then
         echo "installing the judges into $venv"
@@ -34,9 +33,15 @@ if [ $judges = 1 ]; then
         "$venv/bin/pip" install -q --disable-pip-version-check -r tests/judges.txt
     fi
 fi
-if "$venv/bin/python" -c 'import torch, pytest' 2>/dev/null; then
-    python=$venv/bin/python
-fi
+python=
+for p in "$venv/bin/python" python3 /usr/bin/python3; do
+    if "$p" -c 'import pytest' 2>/dev/null; then
+        python=$(command -v "$p")
+        break
+    fi
+done
+[ -n "$python" ] || { echo "run.sh: expected a Python with pytest, found none" >&2; exit 69; }
+echo "tests driven by $python"
 
 cmake --preset "$preset" -DSPURION_PYTHON="$python" >/dev/null
 cmake --build --preset "$preset" | { grep -E "warning|error|FAILED" || true; }
