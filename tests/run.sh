@@ -43,7 +43,7 @@ done
 [ -n "$python" ] || { echo "run.sh: expected a Python with pytest, found none" >&2; exit 69; }
 echo "tests driven by $python"
 
-cmake --preset "$preset" -DSPURION_PYTHON="$python" >/dev/null
+cmake --preset "$preset" -DSPURION_TESTS=ON -DSPURION_PYTHON="$python" >/dev/null
 cmake --build --preset "$preset" | { grep -E "warning|error|FAILED" || true; }
 
 report=$here/build/$preset/tests.xml
