@@ -1,4 +1,4 @@
-"""Memory and descriptors of a running daemon stay flat under load: the demo's policy trains run after run for SPURION_SOAK_SECONDS
+"""Memory and connections of a running daemon stay flat under load: the demo's policy trains run after run for SPURION_SOAK_SECONDS
 (default 60). After a warm-up of a third of that time, resident size may grow by no more than RocksDB's own buffers still may."""
 import json
 import os
@@ -22,8 +22,15 @@ def resident_mib(pid):
     raise AssertionError("no VmRSS")
 
 
-def descriptors(pid):
-    return len(os.listdir(f"/proc/{pid}/fd"))
+def sockets(pid):
+    """Open sockets: connections that ended must not stay. Files are left out: RocksDB keeps a descriptor for every table."""
+    count = 0
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            count += os.readlink(f"/proc/{pid}/fd/{fd}").startswith("socket:")
+        except FileNotFoundError:
+            pass
+    return count
 
 
 def wait_until_ready(env, process):
@@ -40,7 +47,7 @@ def publish(env, run, seed):
     assert done.returncode == 0, done.stderr
 
 
-def test_soak_memory_and_descriptors_stay_flat(tmp_path):
+def test_soak_memory_and_connections_stay_flat(tmp_path):
     places = {name: f"ipc://{tmp_path}/{name.lower()}.sock" for name in ("RPC", "ROLLOUTS", "ALERTS")}
     env = os.environ | {"SPURION_" + name: url for name, url in places.items()}
     command = [BIN / "spuriond", "run", "--config", DEMO / "spurion.yaml", "--set", f"store.path={tmp_path}/store"]
@@ -54,7 +61,7 @@ def test_soak_memory_and_descriptors_stay_flat(tmp_path):
         while time.monotonic() - start < SECONDS:
             publish(env, f"soak-{runs}", runs)
             runs += 1
-            samples.append((time.monotonic() - start, resident_mib(daemon.pid), descriptors(daemon.pid)))
+            samples.append((time.monotonic() - start, resident_mib(daemon.pid), sockets(daemon.pid)))
         scored = sum(r["rollouts"] for r in map(json.loads, subprocess.run(
             [BIN / "spurion", "runs", "--jsonl"], env=env, capture_output=True, text=True, check=True).stdout.splitlines()))
         daemon.send_signal(signal.SIGTERM)
@@ -64,8 +71,8 @@ def test_soak_memory_and_descriptors_stay_flat(tmp_path):
     warm = [s for s in samples if s[0] >= SECONDS / 3]
     growth, opened = warm[-1][1] - warm[0][1], warm[-1][2] - warm[0][2]
     print(f"{runs} runs, {scored} rollouts, {SECONDS:.0f} s: resident {samples[0][1]:.0f}, {warm[0][1]:.0f}, {warm[-1][1]:.0f} MiB, "
-          f"descriptors {warm[0][2]}, {warm[-1][2]}")
+          f"sockets {warm[0][2]}, {warm[-1][2]}")
     assert scored == runs * 384
     assert len(warm) >= 3
     assert growth < GROWTH_MIB
-    assert opened <= 16
+    assert opened <= 4
