@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Benchmark: the daemon against PyTorch + transformers + SAELens, in one run, in turns, on the same rollouts.
 
-    run.py --daemon build/daemon/spuriond --work DIR [--dtype f32 bf16] [--rounds 5] [--groups 2] [--tiny] [--out NAME]
+    run.py --daemon build/cpu/bin/spuriond --work DIR [--dtype f32 bf16] [--rounds 5] [--groups 2] [--tiny] [--out NAME]
 
 Job: reward + `grad` attribution of groups of 8, prompt = completion = 256 tokens, a 135M Llama shape with random weights, one
 24,576-feature TopK(64) SAE at half depth; 2 threads each. Loading is not counted. Results are checked against each other before
