@@ -603,6 +603,5 @@ void spurion_engine_describe(const spurion_engine *e, FILE *out)
     fprintf(out, "rollouts   up to %d tokens; %d tokens in one pass\n", e->sequence.tokens_max, e->rows_max);
     fprintf(out, "memory     weights %.1f MiB, passes %.1f MiB, host %.1f MiB; peak resident size %.0f MiB\n", mebibytes(e->weights_bytes),
             mebibytes(e->buffers_bytes), mebibytes(e->host_bytes), mebibytes(e->peak_bytes));
-    fprintf(out, "           run adds up to %d MiB: 64 queue of rollouts, 80 store, 24 connections\n", 64 + 80 + 24);
     fprintf(out, "provenance %s\n", e->provenance);
 }

@@ -14,6 +14,7 @@
 #include "daemon/engine.h"
 #include "daemon/judge.h"
 #include "daemon/pipeline.h"
+#include "daemon/store.h"
 
 /* sysexits.h, and 3 for an input of which some was refused; documented in --help and docs/operations.md */
 enum exit_code {
@@ -215,6 +216,16 @@ static int run_judge(const arguments *a, const spurion_config *config)
     return status;
 }
 
+/* What `run` holds beside the engine, at most: rollouts in flight, the store's write buffers, and the part of its block cache, threads
+ * and connections that an hour under load was seen to take (tests/e2e/test_memory.py, test_soak.py). */
+static void describe_running(const spurion_engine *engine)
+{
+    size_t queue = SPURION_QUEUE_BYTES_MAX, store = SPURION_STORE_BUFFER_BYTES, rest = (size_t)16 << 20;
+
+    printf("running    peak resident size %zu MiB: with %zu queue of rollouts, %zu store, %zu threads, caches and connections\n",
+           (spurion_engine_peak_bytes(engine) + queue + store + rest) >> 20, queue >> 20, store >> 20, rest >> 20);
+}
+
 static int run_check(const spurion_config *config)
 {
     spurion_engine *engine = NULL;
@@ -224,6 +235,7 @@ static int run_check(const spurion_config *config)
         return report(st);
     }
     spurion_engine_describe(engine, stdout);
+    describe_running(engine);
     spurion_engine_destroy(engine);
     return EXIT_ALL;
 }

@@ -15,7 +15,6 @@
 #include "daemon/store_files.h"
 
 #define WRITE_BUFFER_BYTES ((size_t)16 << 20)
-#define WRITE_BUFFERS_BYTES ((size_t)48 << 20) /* of all families together */
 #define LOG_BYTES_MAX ((uint64_t)64 << 20)
 #define CACHE_BYTES ((size_t)32 << 20)
 #define WRITE_RATE_BYTES ((int64_t)64 << 20) /* per second, flushes and compactions */
@@ -259,7 +258,7 @@ static void set_options(spurion_store *s)
     rocksdb_options_set_wal_recovery_mode(o, 0); /* torn tail only; the default hides damage in the middle of the log */
     rocksdb_options_set_max_total_wal_size(o, LOG_BYTES_MAX);
     rocksdb_options_set_write_buffer_size(o, WRITE_BUFFER_BYTES);
-    rocksdb_options_set_db_write_buffer_size(o, WRITE_BUFFERS_BYTES);
+    rocksdb_options_set_db_write_buffer_size(o, SPURION_STORE_BUFFER_BYTES);
     rocksdb_options_set_max_write_buffer_number(o, 2);
     rocksdb_options_set_max_background_jobs(o, 2);
     rocksdb_options_set_max_open_files(o, OPEN_FILES_MAX);

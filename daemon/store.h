@@ -19,6 +19,7 @@
 #define SPURION_STORE_PAGE_MAX 1000               /* rows of one page */
 #define SPURION_STORE_EXAMINED_MAX 4096           /* index entries that one page looks at */
 #define SPURION_STORE_FREE_BYTES_MIN (1ull << 30) /* default of free_bytes_min: 4 x the largest log would be 256 MiB */
+#define SPURION_STORE_BUFFER_BYTES ((size_t)48 << 20)   /* write buffers of all column families together */
 #define SPURION_STORE_KEY_BYTES_MAX 256           /* idempotency key, meta key */
 
 typedef struct spurion_store spurion_store;

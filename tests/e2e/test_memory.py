@@ -1,8 +1,11 @@
-"""The peak of memory that `spuriond check` states beforehand is what `spuriond judge` then takes, within 10 %."""
+"""The peak of memory that `spuriond check` states beforehand is what `spuriond judge`, and a flooded `spuriond run`, then take, within 10 %."""
+import json
 import os
 import pathlib
 import re
 import subprocess
+import sys
+import time
 
 import pytest
 
@@ -11,9 +14,9 @@ SPURIOND = os.environ["SPURIOND"]
 DEMO = SOURCE / "deploy" / "demo"
 
 
-def stated_mib(config, *more):
+def stated_mib(config, *more, line="memory"):
     out = subprocess.run([SPURIOND, "check", "--config", config, *more], capture_output=True, text=True, check=True).stdout
-    return float(re.search(r"peak resident size (\d+) MiB", out).group(1))
+    return float(re.search(rf"{line} .*peak resident size (\d+) MiB", out).group(1))
 
 
 def taken_mib(config, rollouts, *more):
@@ -31,6 +34,46 @@ def test_memory_is_what_check_states(tokens_max):
     stated = stated_mib(DEMO / "spurion.yaml", *more)
     taken = taken_mib(DEMO / "spurion.yaml", DEMO / "rollouts.jsonl", *more)
     print(f"stated {stated:.0f} MiB, taken {taken:.0f} MiB")
+    assert 0.9 * taken <= stated <= 1.1 * taken
+
+
+def most_mib(pid):
+    return int(re.search(r"VmHWM:\s+(\d+) kB", pathlib.Path(f"/proc/{pid}/status").read_text()).group(1)) / 1024
+
+
+def test_memory_of_a_flooded_daemon_is_what_check_states(tmp_path):
+    """A publisher far ahead of the engine: the queue is full, steps close, flagged rollouts are stored."""
+    spurion = pathlib.Path(SPURIOND).with_name("spurion")
+    places = {name: f"ipc://{tmp_path}/{name.lower()}.sock" for name in ("RPC", "ROLLOUTS", "ALERTS")}
+    env = os.environ | {"SPURION_" + name: url for name, url in places.items()}
+    command = [SPURIOND, "run", "--config", DEMO / "spurion.yaml", "--set", f"store.path={tmp_path}/store"]
+    for name, url in places.items():
+        command += ["--set", f"listen.{name.lower()}=[{url}]"]
+    with open(tmp_path / "log", "wb") as log:
+        daemon = subprocess.Popen(command, stderr=log)
+    policy = subprocess.Popen([sys.executable, DEMO / "make_drift.py", "--steps", "40", "--groups", "48"], stdout=subprocess.PIPE)
+    publisher = None
+    try:
+        publisher = subprocess.Popen([spurion, "publish", "--run", "flood", "--wait", "60", "--timeout", "600"], stdin=policy.stdout, env=env,
+                                     stdout=subprocess.DEVNULL)
+        full, stop = 0.0, time.monotonic() + 200
+        while time.monotonic() < stop:
+            done = subprocess.run([spurion, "status", "--json"], env=env, capture_output=True, text=True)
+            if done.returncode == 0:
+                status = json.loads(done.stdout)
+                now = status["queue_bytes"] / status["queue_bytes_max"]
+                stop = min(stop, time.monotonic() + 30) if full < 0.9 <= now else stop
+                full = max(full, now)
+            time.sleep(0.2)
+        taken = most_mib(daemon.pid)
+    finally:
+        for process in (publisher, policy, daemon):
+            if process:
+                process.kill()
+                process.wait()
+    stated = stated_mib(DEMO / "spurion.yaml", line="running")
+    print(f"queue {full:.0%} full, stated {stated:.0f} MiB, taken {taken:.0f} MiB")
+    assert full > 0.9
     assert 0.9 * taken <= stated <= 1.1 * taken
 
 

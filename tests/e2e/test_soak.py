@@ -42,7 +42,7 @@ def wait_until_ready(env, process):
 
 def publish(env, run, seed):
     policy = subprocess.Popen([sys.executable, DEMO / "make_drift.py", "--run", run, "--seed", str(seed)], stdout=subprocess.PIPE)
-    done = subprocess.run([BIN / "spurion", "publish", "--run", run], stdin=policy.stdout, env=env, capture_output=True, text=True)
+    done = subprocess.run([BIN / "spurion", "publish", "--run", run, "--timeout", "600"], stdin=policy.stdout, env=env, capture_output=True, text=True)
     policy.wait()
     assert done.returncode == 0, done.stderr
 
