@@ -26,6 +26,9 @@ typedef struct spurion_sae_config {
     const char *id, *path;   /* path absolute after load */
     const char *hook;        /* NULL: from the file */
     const char *format;      /* NULL: found out */
+    bool has_norm_factor;
+    double norm_factor;      /* of a dataset-wise norm that stands in no file */
+    bool unit_decoder;       /* features in units of decoder rows of length 1 */
 } spurion_sae_config;
 
 typedef struct spurion_rule_config {

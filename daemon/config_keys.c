@@ -19,8 +19,11 @@ static const char *const ig_rules[] = {"midpoint", "left", NULL};
 static const char *const scopes[] = {"completion", "all", NULL};
 static const char *const directions[] = {"either", "raised", "lowered", NULL};
 static const char *const alert_modes[] = {"rate", "each", "none", NULL};
-static const char *const formats[] = {"saelens",     "dictionary_learning", "sparsify", "gemma_scope",
-                                      "llama_scope", "openai",              "goodfire", NULL};
+static const char *const formats[] = {"saelens", "dictionary_learning", "dictionary_learning:AutoEncoder",
+                                      "dictionary_learning:AutoEncoderNew", "dictionary_learning:GatedAutoEncoder",
+                                      "dictionary_learning:JumpReluAutoEncoder", "dictionary_learning:AutoEncoderTopK",
+                                      "dictionary_learning:BatchTopKSAE", "dictionary_learning:MatryoshkaBatchTopKSAE",
+                                      "sparsify", "gemma_scope", "llama_scope", "openai", "goodfire", NULL};
 
 #define AT(field) offsetof(spurion_config, field)
 #define NO_AUX SPURION_KEY_NO_AUX
@@ -89,7 +92,12 @@ static const spurion_key sae_rows[] = {
     {"saes", "path", SPURION_KEY_PATH, AT(path), NO_AUX, 0, 0, NULL, NULL, "saes/mid", "its file or directory (required)"},
     {"saes", "hook", SPURION_KEY_TEXT, AT(hook), NO_AUX, 0, 0, NULL, NULL, "blocks.2.hook_resid_post",
      "where it reads; may come from its file"},
-    {"saes", "format", SPURION_KEY_CHOICE, AT(format), NO_AUX, 0, 0, formats, NULL, "saelens", "instead of what is found out"},
+    {"saes", "format", SPURION_KEY_CHOICE, AT(format), NO_AUX, 0, 0, formats, NULL, "saelens",
+     "instead of what is found out; dictionary_learning:CLASS where its files do not say the class"},
+    {"saes", "norm_factor", SPURION_KEY_NUMBER, AT(norm_factor), AT(has_norm_factor), 1e-12, 1e12, NULL, NULL, "0.37",
+     "factor of a dataset-wise norm that stands in none of its files: sqrt(width) over the mean norm of its activations"},
+    {"saes", "unit_decoder", SPURION_KEY_BOOL, AT(unit_decoder), NO_AUX, 0, 0, NULL, "false", NULL,
+     "features in units of decoder rows of length 1 (AutoEncoder.from_pretrained, fold_W_dec_norm)"},
 };
 
 #undef AT
@@ -225,7 +233,7 @@ static spurion_status read_size(uint64_t *out, const char *text)
 /* Place of text in the NULL-terminated choices, or -1 with the message made. */
 static int choice(spurion_status *st, const char *const *choices, const char *text)
 {
-    char what[200] = "";
+    char what[SPURION_MESSAGE_BYTES - 100] = "";
     size_t used = 0;
 
     for (int i = 0; choices[i]; i++) {
@@ -233,7 +241,9 @@ static int choice(spurion_status *st, const char *const *choices, const char *te
             *st = spurion_ok();
             return i;
         }
-        used += (size_t)snprintf(what + used, sizeof what - used, "%s%s", i == 0 ? "" : choices[i + 1] ? ", " : " or ", choices[i]);
+        if (used < sizeof what) {
+            used += (size_t)snprintf(what + used, sizeof what - used, "%s%s", i == 0 ? "" : choices[i + 1] ? ", " : " or ", choices[i]);
+        }
     }
     *st = expected(what, text);
     return -1;

@@ -46,9 +46,10 @@ static spurion_status head_choose(loading *l, const spurion_config *c)
 static spurion_status sae_file_load(loading *l, const spurion_sae_config *c, int i)
 {
     spurion_status st;
+    const spurion_sae_options options = {c->format, c->has_norm_factor ? c->norm_factor : 0, c->unit_decoder};
     const char *name;
 
-    SPURION_TRY(st, spurion_sae_file_read(&l->files[i], c->path, c->format));
+    SPURION_TRY(st, spurion_sae_file_read(&l->files[i], c->path, &options));
     name = c->hook ? c->hook : l->files[i].hook_name;
     if (!name[0]) {
         st = spurion_error(SPURION_INVALID_ARGUMENT, "SAE %s: its file names no hook; expected saes[].hook, such as blocks.2.hook_resid_post", c->id);

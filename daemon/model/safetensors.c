@@ -12,7 +12,7 @@
 #include <unistd.h>
 
 #include "daemon/base/json.h"
-#include "daemon/model/safetensors_header.h"
+#include "daemon/model/npz.h"
 
 #define STAGE_BYTES (1u << 20)
 
@@ -20,6 +20,7 @@ struct spurion_safetensors {
     spurion_tensor_header header;
     char *path;
     int fd;              /* -1: a header without its file */
+    spurion_npz *npz;    /* NULL: a safetensors file */
     uint64_t data_start; /* 8 + header bytes */
     uint64_t data_bytes;
 };
@@ -143,6 +144,25 @@ out:
     return st;
 }
 
+spurion_status spurion_safetensors_open_npz(spurion_safetensors **out, const char *path)
+{
+    spurion_status st;
+    spurion_safetensors *s = NULL;
+    spurion_npz_source source = {-1, NULL, 0, path};
+
+    *out = NULL;
+    SPURION_TRY(st, safetensors_alloc(&s, path));
+    SPURION_TRY(st, open_regular(&s->fd, &source.size, path));
+    source.fd = s->fd;
+    source.path = s->path;
+    SPURION_TRY(st, spurion_npz_open(&s->npz, &s->header, &source));
+    *out = s;
+    s = NULL;
+out:
+    spurion_safetensors_close(s);
+    return st;
+}
+
 spurion_status spurion_safetensors_parse(spurion_safetensors **out, const char *header, size_t header_bytes, uint64_t file_bytes,
                                          const char *name)
 {
@@ -174,6 +194,7 @@ void spurion_safetensors_close(spurion_safetensors *s)
     if (s->fd >= 0) {
         close(s->fd);
     }
+    spurion_npz_close(s->npz);
     spurion_tensor_header_fini(&s->header);
     free(s->path);
     free(s);
@@ -289,6 +310,15 @@ static void convert(float *out, const unsigned char *raw, size_t count, spurion_
     }
 }
 
+/* Bytes of a tensor from `offset` of its data on. */
+static spurion_status read_bytes(void *out, const spurion_safetensors *s, const spurion_tensor_info *t, uint64_t offset, size_t bytes)
+{
+    if (s->npz != NULL) {
+        return spurion_npz_read(out, s->npz, (int)(t - s->header.tensors), offset, bytes);
+    }
+    return pread_all(out, s->fd, bytes, s->data_start + t->begin + offset, s->path);
+}
+
 static spurion_status read_converted(float *out, const spurion_safetensors *s, const spurion_tensor_info *t, uint64_t offset,
                                      uint64_t count)
 {
@@ -302,7 +332,7 @@ static spurion_status read_converted(float *out, const spurion_safetensors *s, c
     while (count > 0) {
         size_t part = count < STAGE_BYTES / size ? (size_t)count : STAGE_BYTES / size;
 
-        SPURION_TRY(st, pread_all(stage, s->fd, part * size, offset, s->path));
+        SPURION_TRY(st, read_bytes(stage, s, t, offset, part * size));
         convert(out, stage, part, t->dtype);
         out += part;
         offset += part * size;
@@ -324,13 +354,13 @@ spurion_status spurion_safetensors_read(float *out, const spurion_safetensors *s
     }
     switch (t->dtype) {
     case SPURION_TENSOR_F32:
-        return pread_all(out, s->fd, (size_t)count * sizeof *out, s->data_start + t->begin + first * size, s->path);
+        return read_bytes(out, s, t, first * size, (size_t)count * sizeof *out);
     case SPURION_TENSOR_F16:
     case SPURION_TENSOR_BF16:
     case SPURION_TENSOR_F64:
     case SPURION_TENSOR_I32:
     case SPURION_TENSOR_I64:
-        return read_converted(out, s, t, s->data_start + t->begin + first * size, count);
+        return read_converted(out, s, t, first * size, count);
     default:
         return spurion_error(SPURION_UNIMPLEMENTED, "%s: %s: expected dtype F32, F16, BF16, F64, I32 or I64, found %s",
                              spurion_path_tail(s->path), t->name, spurion_tensor_dtype_name(t->dtype));
@@ -340,8 +370,15 @@ spurion_status spurion_safetensors_read(float *out, const spurion_safetensors *s
 spurion_status spurion_safetensors_hash(spurion_sha256 *h, const spurion_safetensors *s)
 {
     spurion_status st = spurion_ok();
-    unsigned char *stage = malloc(STAGE_BYTES);
+    unsigned char *stage = NULL;
 
+    for (int i = 0; s->npz != NULL && i < s->header.tensor_count; i++) {
+        SPURION_TRY(st, spurion_npz_check(s->npz, i, h));
+    }
+    if (s->npz != NULL) {
+        return st;
+    }
+    stage = malloc(STAGE_BYTES);
     if (stage == NULL) {
         return spurion_error(SPURION_RESOURCE_EXHAUSTED, "%s: no memory to hash it", spurion_path_tail(s->path));
     }

@@ -4,6 +4,7 @@
 #ifndef SPURION_MODEL_SAFETENSORS_H
 #define SPURION_MODEL_SAFETENSORS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -31,6 +32,7 @@ typedef struct spurion_tensor_info {
     uint64_t shape[SPURION_TENSOR_RANK_MAX];
     uint64_t elements;
     uint64_t begin, end; /* bytes, from the start of the data */
+    bool column_major;   /* of an npz: the first index runs fastest; never in safetensors */
 } spurion_tensor_info;
 
 typedef struct spurion_tensor_note { /* an entry of __metadata__ */
@@ -42,6 +44,8 @@ typedef struct spurion_safetensors spurion_safetensors;
 /* Opens a regular file (a symbolic link to one is followed once) and checks all of its header.
  * NOT_FOUND, INVALID_ARGUMENT (message names expected and found), DATA_LOSS when the file is shorter than its header says. */
 spurion_status spurion_safetensors_open(spurion_safetensors **out, const char *path) SPURION_MUST_USE;
+/* Opens an npz file (npz.h): its arrays are the tensors. Errors as above. */
+spurion_status spurion_safetensors_open_npz(spurion_safetensors **out, const char *path) SPURION_MUST_USE;
 /* Checks the JSON of a header as if it stood in a file of file_bytes bytes. What it gives can be looked at, not read. */
 spurion_status spurion_safetensors_parse(spurion_safetensors **out, const char *header, size_t header_bytes, uint64_t file_bytes,
                                          const char *name) SPURION_MUST_USE;
@@ -59,7 +63,7 @@ const char *spurion_safetensors_path(const spurion_safetensors *s);
  * UNIMPLEMENTED for another dtype. Not checked for NaN. */
 spurion_status spurion_safetensors_read(float *out, const spurion_safetensors *s, const spurion_tensor_info *t, uint64_t first,
                                         uint64_t count) SPURION_MUST_USE;
-/* Adds all data bytes of the file to the hash. */
+/* Adds all data bytes of the file to the hash. DATA_LOSS where an npz holds other bytes than its checksums say. */
 spurion_status spurion_safetensors_hash(spurion_sha256 *h, const spurion_safetensors *s) SPURION_MUST_USE;
 
 /* INVALID_ARGUMENT naming the first element that is NaN or infinite. what: the tensor's name, where: the file. */

@@ -53,16 +53,34 @@ static bool parse_blocks(spurion_hook *out, const char *name)
     return false;
 }
 
+/* What may follow a block's path: a module of it, whose output is meant. */
+static const struct {
+    const char *suffix;
+    spurion_hook_site site;
+} parts[] = {{"", SPURION_HOOK_POST},
+             {".output", SPURION_HOOK_POST},
+             {".mlp", SPURION_HOOK_MLP_OUT},
+             {".mlp.output", SPURION_HOOK_MLP_OUT},
+             {".post_feedforward_layernorm.output", SPURION_HOOK_MLP_OUT}, /* Gemma: what is added */
+             {".self_attn", SPURION_HOOK_ATTN_OUT},
+             {".attention", SPURION_HOOK_ATTN_OUT},
+             {".attn", SPURION_HOOK_ATTN_OUT}};
+
 static bool parse_module(spurion_hook *out, const char *name)
 {
     for (size_t i = 0; i < sizeof modules / sizeof *modules; i++) {
         size_t n = strlen(modules[i].prefix);
+        const char *rest = strncmp(name, modules[i].prefix, n) == 0 ? read_layer(&out->layer, name + n) : NULL;
 
-        if (strncmp(name, modules[i].prefix, n) == 0) {
-            const char *rest = read_layer(&out->layer, name + n);
-
-            out->site = modules[i].site;
-            return rest != NULL && *rest == '\0';
+        out->site = modules[i].site;
+        if (rest != NULL && *rest == '\0') {
+            return true;
+        }
+        for (size_t k = 0; rest != NULL && modules[i].prefix[n - 1] == '.' && k < sizeof parts / sizeof *parts; k++) {
+            if (strcmp(rest, parts[k].suffix) == 0) {
+                out->site = parts[k].site;
+                return true;
+            }
         }
     }
     return false;
@@ -71,7 +89,8 @@ static bool parse_module(spurion_hook *out, const char *name)
 spurion_status spurion_hook_parse(spurion_hook *out, const char *name)
 {
     static const char *const known = "blocks.L.hook_resid_post, hook_resid_pre, hook_resid_mid, hook_attn_out or hook_mlp_out, or "
-                                     "transformer.h.L, model.layers.L, gpt_neox.layers.L, layers.L, h.L, resid_post_layer_L (output of block L)";
+                                     "transformer.h.L, model.layers.L, gpt_neox.layers.L, layers.L, h.L, resid_post_layer_L (output of block L), "
+                                     "with .mlp or .self_attn behind them (output of that module)";
 
     memset(out, 0, sizeof *out);
     if (parse_blocks(out, name) || parse_module(out, name)) {

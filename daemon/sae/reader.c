@@ -122,7 +122,7 @@ spurion_status spurion_sae_matrix(float **out, const spurion_safetensors *file, 
         return wrong_shape(file, t, expected);
     }
     SPURION_TRY(st, take_floats(out, elements, name));
-    if (straight && turned ? stored_transposed : turned) {
+    if ((straight && turned ? stored_transposed : turned) != t->column_major) {
         SPURION_TRY(st, read_transposed(*out, file, t, rows, columns));
     } else {
         SPURION_TRY(st, spurion_safetensors_read(*out, file, t, 0, t->elements));
@@ -309,6 +309,45 @@ out:
     return st;
 }
 
+static void scale_all(float *x, const float *by, int n)
+{
+    for (int i = 0; x != NULL && i < n; i++) {
+        x[i] *= by[i];
+    }
+}
+
+/* D_i / n_i and f_i n_i with n_i = |D_i|: biases, thresholds and encoder rows times n_i. A row of norm 0 stays as it is. Top-k and group
+ * maximum choose among the features, which other units would change. */
+static spurion_status fold_unit_decoder(spurion_sae_file *out, spurion_sae_raw *raw)
+{
+    spurion_status st;
+    float *norm = NULL;
+
+    if (out->kind == SPURION_SAE_TOPK || out->kind == SPURION_SAE_GROUPMAX) {
+        return spurion_error(SPURION_INVALID_ARGUMENT, "unit_decoder: expected a kind whose features do not compete, found %s, which other "
+                             "units would change", out->architecture);
+    }
+    SPURION_TRY(st, take_floats(&norm, (size_t)raw->F, "decoder norms"));
+    for (int i = 0; i < raw->F; i++) {
+        float *dec = raw->dec + (size_t)i * (size_t)raw->d, *enc = raw->enc + (size_t)i * (size_t)raw->d;
+        double n = sqrt(dot(dec, dec, raw->d));
+
+        norm[i] = n > 0 ? (float)n : 1;
+        for (int j = 0; j < raw->d; j++) {
+            dec[j] = (float)(dec[j] / (n > 0 ? n : 1));
+            enc[j] = raw->gate_bias != NULL ? enc[j] : (float)(enc[j] * (n > 0 ? n : 1));
+        }
+    }
+    scale_all(raw->enc_bias, norm, raw->F);
+    scale_all(raw->threshold, norm, raw->F);
+    scale_all(raw->r_mag, norm, raw->F); /* exp(r_mag) by now */
+    scale_all(raw->mag_bias, norm, raw->F);
+    spurion_sae_note(out, "features in units of decoder rows of length 1");
+out:
+    free(norm);
+    return st;
+}
+
 static void give(float **to, float **from)
 {
     *to = *from;
@@ -361,6 +400,9 @@ spurion_status spurion_sae_fold(spurion_sae_file *out, spurion_sae_raw *raw)
     }
     for (int i = 0; raw->threshold != NULL && i < raw->F; i++) {
         negative += raw->threshold[i] < 0;
+    }
+    if (raw->unit_decoder && !raw->scale_by_norm) {
+        SPURION_TRY(st, fold_unit_decoder(out, raw));
     }
     if (negative > 0) {
         spurion_sae_note(out, "warning: %d of %d thresholds below 0 act as 0", negative, raw->F);

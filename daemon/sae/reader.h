@@ -23,6 +23,8 @@ typedef struct spurion_sae_raw {
     bool scale_by_norm;                  /* h_i = |W_dec_i| */
     bool center_input;                   /* the encoder sees x - mean(x) */
     double input_scale;                  /* a constant factor of the whole dictionary's space; 1: none */
+    bool unit_decoder;                   /* features in units of decoder rows of length 1 */
+    bool norm_factor_taken;              /* the reader has used the user's norm_factor */
 } spurion_sae_raw;
 
 /* Where a dictionary lies: its safetensors file, and the directory with what describes it. */
@@ -30,13 +32,45 @@ typedef struct spurion_sae_source {
     spurion_safetensors *file;
     const char *dir;
     const char *variant; /* of "format:variant", or NULL */
+    double norm_factor;  /* what the user says; 0: nothing */
 } spurion_sae_source;
+
+typedef enum spurion_sae_format {
+    SPURION_FORMAT_SAELENS,
+    SPURION_FORMAT_DICTIONARY_LEARNING,
+    SPURION_FORMAT_SPARSIFY,
+    SPURION_FORMAT_GEMMA_SCOPE,
+    SPURION_FORMAT_LLAMA_SCOPE,
+    SPURION_FORMAT_OPENAI,
+    SPURION_FORMAT_GOODFIRE,
+    SPURION_FORMAT_COUNT,
+    SPURION_FORMAT_UNKNOWN = -1
+} spurion_sae_format;
+
+#define SPURION_FORMATS_READ "saelens, dictionary_learning, sparsify, gemma_scope, llama_scope, openai or goodfire"
+
+/* sae_detect.c: "saelens", or "dictionary_learning:BatchTopKSAE"; *variant NULL without a colon. UNIMPLEMENTED for another name. */
+spurion_status spurion_sae_format_by_name(spurion_sae_format *out, const char **variant, const char *name) SPURION_MUST_USE;
+/* Which format lies in a directory (formats.md section 11). file: the weights when the path names them, else NULL. INVALID_ARGUMENT
+ * names the option that resolves an ambiguity; what is no sparse autoencoder of the residual stream is refused by its name. */
+spurion_status spurion_sae_format_find(spurion_sae_format *out, const char *dir, const spurion_safetensors *file) SPURION_MUST_USE;
+const char *spurion_sae_format_name(spurion_sae_format format);
+/* Files of a directory that hold the weights, ends with NULL; none: a file of any name. */
+const char *const *spurion_sae_format_files(spurion_sae_format format);
+bool spurion_sae_file_at(char *out, const char *dir, const char *name); /* whether DIR/name is there; out: PATH_MAX bytes */
+bool spurion_sae_ends_with(const char *text, const char *end);
+/* FAILED_PRECONDITION: the command that converts a pickle. */
+spurion_status spurion_sae_convert_first(const char *pickle);
 
 /* Readers: fill out's format, architecture, hook_name, kind, norm, k and notes, and raw. */
 spurion_status spurion_sae_read_saelens(spurion_sae_file *out, spurion_sae_raw *raw, const spurion_sae_source *source) SPURION_MUST_USE;
 spurion_status spurion_sae_read_dictionary_learning(spurion_sae_file *out, spurion_sae_raw *raw, const spurion_sae_source *source)
     SPURION_MUST_USE;
 spurion_status spurion_sae_read_sparsify(spurion_sae_file *out, spurion_sae_raw *raw, const spurion_sae_source *source) SPURION_MUST_USE;
+spurion_status spurion_sae_read_gemma_scope(spurion_sae_file *out, spurion_sae_raw *raw, const spurion_sae_source *source) SPURION_MUST_USE;
+spurion_status spurion_sae_read_llama_scope(spurion_sae_file *out, spurion_sae_raw *raw, const spurion_sae_source *source) SPURION_MUST_USE;
+spurion_status spurion_sae_read_openai(spurion_sae_file *out, spurion_sae_raw *raw, const spurion_sae_source *source) SPURION_MUST_USE;
+spurion_status spurion_sae_read_goodfire(spurion_sae_file *out, spurion_sae_raw *raw, const spurion_sae_source *source) SPURION_MUST_USE;
 
 /* The length of a vector tensor. INVALID_ARGUMENT when it is missing or no vector of 1 to 2^30 elements. */
 spurion_status spurion_sae_length(int *out, const spurion_safetensors *file, const char *name) SPURION_MUST_USE;
@@ -81,6 +115,22 @@ typedef struct spurion_sparsify_config {
 } spurion_sparsify_config;
 
 spurion_status spurion_sparsify_config_parse(spurion_sparsify_config *out, const char *text, size_t bytes, const char *name)
+    SPURION_MUST_USE;
+
+/* hyperparams.json of 2024, config.json of Llama-Scope-R1-Distill and of llamascopium, as one. */
+typedef struct spurion_llama_scope_config {
+    char hook_name[256];
+    char act_fn[16];     /* relu, jumprelu, topk */
+    int d_model;         /* 0: not said */
+    double expansion;    /* 0: not said */
+    double norm_in, norm_out; /* dataset_average_activation_norm; 0: not said here */
+    double threshold;    /* jump_relu_threshold of 2024, in units of the raw stream; 0: none */
+    int k;
+    bool by_decoder_norm, dataset_wise, token_wise;
+} spurion_llama_scope_config;
+
+/* old: hyperparams.json. UNIMPLEMENTED for GLU encoders, batch-wise norms, batch top-k, and all but SAEs of one point. */
+spurion_status spurion_llama_scope_config_parse(spurion_llama_scope_config *out, const char *text, size_t bytes, const char *name, bool old)
     SPURION_MUST_USE;
 
 #endif

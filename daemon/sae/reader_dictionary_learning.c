@@ -57,8 +57,8 @@ static spurion_status class_by_tensors(dictionary_class *out, const spurion_safe
     } else if (spurion_sae_has(file, "encoder.weight") && spurion_sae_has(file, "b_dec")) {
         return spurion_error(SPURION_INVALID_ARGUMENT,
                              "%s: expected config.json beside it that says which class it is, found none, and AutoEncoderTopK and "
-                             "BatchTopKSAE have the same tensors: write {\"trainer\":{\"dict_class\":\"BatchTopKSAE\"}} or "
-                             "AutoEncoderTopK there",
+                             "BatchTopKSAE have the same tensors: say `format: dictionary_learning:BatchTopKSAE` or AutoEncoderTopK in the "
+                             "configuration, or write {\"trainer\":{\"dict_class\":\"BatchTopKSAE\"}} there",
                              spurion_path_tail(spurion_safetensors_path(file)));
     } else if (spurion_sae_has(file, "W_enc") && spurion_sae_has(file, "threshold")) {
         *out = CLASS_JUMPRELU;

@@ -327,11 +327,17 @@ static spurion_status read_constant_scale(spurion_sae_raw *raw, const spurion_sa
     json_t *root = NULL;
     char path[PATH_MAX];
 
+    if (source->norm_factor > 0) {
+        raw->input_scale = source->norm_factor;
+        raw->norm_factor_taken = true;
+        return spurion_ok();
+    }
     st = spurion_sae_json(&root, path, sizeof path, source->dir, "activation_scaler.json");
     if (st.code == SPURION_NOT_FOUND) {
         st = spurion_error(SPURION_FAILED_PRECONDITION,
                            "%s: cfg.json: normalize_activations: expected none, or activation_scaler.json beside it, found "
-                           "expected_average_only_in without its factor: export the SAE with sae_lens (save_inference_model)",
+                           "expected_average_only_in without its factor: say `norm_factor:` in the configuration, or export the SAE with "
+                           "sae_lens (save_inference_model)",
                            spurion_path_tail(source->dir));
         goto out;
     }

@@ -87,14 +87,20 @@ static spurion_status check_sizes(const spurion_sparsify_config *c, const spurio
     return spurion_ok();
 }
 
-/* The directory is named after the module whose output was read; other names say nothing. */
+/* The directory is named after the module whose output was read; other names say nothing. A block's own path in TransformerLens' form;
+ * a module's as it is, for the model decides whether its output is what is added to the stream. */
 static void read_hook(spurion_sae_file *out, const char *dir)
 {
-    const char *slash = strrchr(dir, '/');
+    const char *slash = strrchr(dir, '/'), *name = slash != NULL ? slash + 1 : dir;
     spurion_hook hook;
 
-    if (spurion_hook_parse(&hook, slash != NULL ? slash + 1 : dir).code == SPURION_OK) {
+    if (spurion_hook_parse(&hook, name).code != SPURION_OK) {
+        return;
+    }
+    if (hook.site == SPURION_HOOK_POST) {
         spurion_hook_name(out->hook_name, sizeof out->hook_name, hook);
+    } else {
+        snprintf(out->hook_name, sizeof out->hook_name, "%s", name);
     }
 }
 

@@ -17,6 +17,14 @@ int spurion_hook_point(spurion_hook hook)
     return 4 * hook.layer + sites[hook.site];
 }
 
+/* Whether a hook is named by the path of a module. */
+static bool names_module(const char *name, const char *module)
+{
+    const char *at = strncmp(name, "blocks.", 7) != 0 ? strstr(name, module) : NULL;
+
+    return at != NULL && (at[strlen(module)] == '\0' || at[strlen(module)] == '.');
+}
+
 spurion_status spurion_hook_check(spurion_hook hook, const char *name, const spurion_model_config *config)
 {
     if (hook.layer < 0 || hook.layer >= config->layers) {
@@ -26,6 +34,10 @@ spurion_status spurion_hook_check(spurion_hook hook, const char *name, const spu
     if (hook.site == SPURION_HOOK_MID && config->parallel) {
         return spurion_error(SPURION_INVALID_ARGUMENT, "hook %s: expected a hook that %s has; its blocks are parallel and have no resid_mid", name,
                              config->architecture);
+    }
+    if (config->post_norms && (names_module(name, ".mlp") || names_module(name, ".self_attn"))) {
+        return spurion_error(SPURION_INVALID_ARGUMENT, "hook %s: expected a point that %s has; a norm stands between that module and the residual "
+                             "stream, and only what is added can be read (blocks.L.hook_mlp_out, hook_attn_out)", name, config->architecture);
     }
     return spurion_ok();
 }

@@ -1,6 +1,7 @@
-/* SAE checkpoints: which format lies at a path (formats.md section 11), its reader, and the fold. Thread: one. Memory: malloc. */
+/* SAE checkpoints: the file at a path, its reader, and the fold. Thread: one. Memory: malloc. */
 #include "daemon/sae/sae_file.h"
 
+#include <dirent.h>
 #include <limits.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,181 +13,15 @@
 
 typedef spurion_status (*sae_reader)(spurion_sae_file *out, spurion_sae_raw *raw, const spurion_sae_source *source);
 
-static const struct {
-    const char *name, *weights, *pickle; /* files of a directory */
-    sae_reader read;
-} formats[] = {{"saelens", "sae_weights.safetensors", "sae_weights.pt", spurion_sae_read_saelens},
-               {"dictionary_learning", "ae.safetensors", "ae.pt", spurion_sae_read_dictionary_learning},
-               {"sparsify", "sae.safetensors", "sae.pt", spurion_sae_read_sparsify}};
-
-enum { SAELENS, DICTIONARY_LEARNING, SPARSIFY, FORMAT_COUNT, FORMAT_UNKNOWN = -1 };
-
-#define FORMATS_READ "saelens, dictionary_learning or sparsify"
-
-static bool file_at(char *out, const char *dir, const char *name)
-{
-    return spurion_path_join(out, PATH_MAX, dir, name).code == SPURION_OK && access(out, F_OK) == 0;
-}
-
-static bool ends_with(const char *text, const char *end)
-{
-    size_t n = strlen(text), m = strlen(end);
-
-    return n >= m && strcmp(text + n - m, end) == 0;
-}
-
-static bool is_pickle(const char *path)
-{
-    return ends_with(path, ".pt") || ends_with(path, ".pth") || ends_with(path, ".bin");
-}
-
-static spurion_status convert_first(const char *pickle)
-{
-    return spurion_error(SPURION_FAILED_PRECONDITION,
-                         "%s: expected a safetensors file, found a pickle: convert it with `python -m spurion.convert %s`",
-                         spurion_path_tail(pickle), spurion_path_tail(pickle));
-}
-
-/* --- which format --- */
-
-/* Other formats, by the file that tells them: named in the message. */
-static const char *other_format(const char *dir)
-{
-    static const struct {
-        const char *file, *word;
-    } others[] = {{"hyperparams.json", "a Llama Scope dictionary (hyperparams.json)"},
-                  {"params.npz", "a Gemma Scope dictionary (params.npz)"},
-                  {"params.safetensors", "a Gemma Scope 2 dictionary (params.safetensors)"},
-                  {"conf.yaml", "a temporal SAE (conf.yaml)"},
-                  {"wandb-config.yaml", "a transcoder (wandb-config.yaml)"},
-                  {"wanb-config.yaml", "a transcoder (wanb-config.yaml)"}};
-    char path[PATH_MAX];
-
-    for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
-        if (file_at(path, dir, others[i].file)) {
-            return others[i].word;
-        }
-    }
-    return NULL;
-}
-
-static spurion_status unknown_format(const char *dir, const char *found)
-{
-    return spurion_error(SPURION_INVALID_ARGUMENT,
-                         "%s: expected an SAE of format " FORMATS_READ " (cfg.json, or config.json with trainer.dict_class), found %s",
-                         spurion_path_tail(dir), found);
-}
-
-static spurion_status detect_by_cfg(int *format, const char *dir)
-{
-    spurion_status st;
-    json_t *root = NULL;
-    char path[PATH_MAX];
-    spurion_json_at at;
-
-    SPURION_TRY(st, spurion_sae_json(&root, path, sizeof path, dir, "cfg.json"));
-    at = (spurion_json_at){root, path};
-    if (spurion_json_find(at, "architecture|hook_name|hook_point|metadata|d_sae") != NULL) {
-        *format = SAELENS;
-    } else if (spurion_json_find(at, "expansion_factor|num_latents") != NULL) {
-        *format = SPARSIFY;
-    } else {
-        st = spurion_json_error(at, "architecture (SAELens) or expansion_factor (sparsify)", "one of them", NULL);
-    }
-out:
-    json_decref(root);
-    return st;
-}
-
-static spurion_status detect_by_config(int *format, const char *dir)
-{
-    spurion_status st;
-    json_t *root = NULL;
-    char path[PATH_MAX];
-    const json_t *trainer = NULL;
-    const char *architecture = "";
-
-    SPURION_TRY(st, spurion_sae_json(&root, path, sizeof path, dir, "config.json"));
-    trainer = json_object_get(root, "trainer");
-    if (json_is_string(json_object_get(root, "architecture"))) {
-        architecture = json_string_value(json_object_get(root, "architecture"));
-    }
-    if (json_is_object(trainer)) {
-        *format = DICTIONARY_LEARNING;
-    } else if (json_object_get(root, "sae_type") != NULL || json_object_get(root, "hook_point_in") != NULL) {
-        st = unknown_format(dir, "a dictionary of llamascopium (config.json: sae_type)");
-    } else if (strcmp(architecture, "jump_relu") == 0) {
-        st = unknown_format(dir, "a Gemma Scope 2 dictionary (config.json: architecture jump_relu)");
-    }
-out:
-    json_decref(root);
-    return st;
-}
-
-/* By the names of the tensors: what stands in no directory of its own (Elriggs/rm's ae_layer12.pt). */
-static spurion_status detect_by_tensors(int *format, const spurion_safetensors *file)
-{
-    bool linear = spurion_sae_has(file, "encoder.weight");
-
-    if (linear && spurion_sae_has(file, "decoder.weight") && !spurion_sae_has(file, "pre_bias")) {
-        *format = DICTIONARY_LEARNING;
-    } else if (linear && spurion_sae_has(file, "W_dec")) {
-        *format = SPARSIFY;
-    } else if (spurion_sae_has(file, "group_sizes")) {
-        *format = DICTIONARY_LEARNING;
-    } else if (spurion_sae_has(file, "W_enc")) {
-        return spurion_error(SPURION_INVALID_ARGUMENT,
-                             "%s: expected cfg.json beside it or `format:` in the configuration (dictionary_learning, or saelens with its "
-                             "cfg.json), found W_enc alone, which several formats have",
-                             spurion_path_tail(spurion_safetensors_path(file)));
-    } else {
-        return unknown_format(spurion_safetensors_path(file), "other tensors");
-    }
-    return spurion_ok();
-}
-
-static spurion_status detect(int *format, const char *dir, const spurion_safetensors *file)
-{
-    spurion_status st = spurion_ok();
-    char path[PATH_MAX];
-    const char *other = other_format(dir);
-
-    *format = FORMAT_UNKNOWN;
-    if (file_at(path, dir, "cfg.json")) {
-        SPURION_TRY(st, detect_by_cfg(format, dir));
-    } else if (file_at(path, dir, "config.json")) {
-        SPURION_TRY(st, detect_by_config(format, dir));
-    }
-    if (*format == FORMAT_UNKNOWN && file_at(path, dir, formats[DICTIONARY_LEARNING].weights)) {
-        *format = DICTIONARY_LEARNING; /* without config.json */
-    }
-    if (*format == FORMAT_UNKNOWN && file_at(path, dir, formats[DICTIONARY_LEARNING].pickle)) {
-        *format = DICTIONARY_LEARNING;
-    }
-    if (*format == FORMAT_UNKNOWN && file != NULL) {
-        SPURION_TRY(st, detect_by_tensors(format, file));
-    }
-    if (*format == FORMAT_UNKNOWN) {
-        st = unknown_format(dir, other != NULL ? other : "none of these files");
-    }
-out:
-    return st;
-}
-
-/* "saelens", or "dictionary_learning:BatchTopKSAE". */
-static spurion_status format_by_name(int *format, const char **variant, const char *name)
-{
-    size_t n = strcspn(name, ":");
-
-    *variant = name[n] == ':' ? name + n + 1 : NULL;
-    for (int i = 0; i < FORMAT_COUNT; i++) {
-        if (strlen(formats[i].name) == n && memcmp(formats[i].name, name, n) == 0) {
-            *format = i;
-            return spurion_ok();
-        }
-    }
-    return spurion_error(SPURION_UNIMPLEMENTED, "format: expected " FORMATS_READ ", found \"%.60s\"", name);
-}
+static const sae_reader readers[SPURION_FORMAT_COUNT] = {
+    [SPURION_FORMAT_SAELENS] = spurion_sae_read_saelens,
+    [SPURION_FORMAT_DICTIONARY_LEARNING] = spurion_sae_read_dictionary_learning,
+    [SPURION_FORMAT_SPARSIFY] = spurion_sae_read_sparsify,
+    [SPURION_FORMAT_GEMMA_SCOPE] = spurion_sae_read_gemma_scope,
+    [SPURION_FORMAT_LLAMA_SCOPE] = spurion_sae_read_llama_scope,
+    [SPURION_FORMAT_OPENAI] = spurion_sae_read_openai,
+    [SPURION_FORMAT_GOODFIRE] = spurion_sae_read_goodfire,
+};
 
 /* --- which file --- */
 
@@ -194,12 +29,25 @@ typedef struct place {
     char dir[PATH_MAX], weights[PATH_MAX]; /* weights empty: the path is a directory */
 } place;
 
+/* Length of the ending of a pickle's name (.pt, .pth, .bin); 0: it is none. */
+static size_t pickle_ending(const char *path)
+{
+    static const char *const endings[] = {".pt", ".pth", ".bin"};
+
+    for (size_t i = 0; i < sizeof endings / sizeof *endings; i++) {
+        if (spurion_sae_ends_with(path, endings[i])) {
+            return strlen(endings[i]);
+        }
+    }
+    return 0;
+}
+
 /* A path to a file stands for the directory around it; of a pickle the converted twin is taken. */
 static spurion_status locate(place *p, const char *path)
 {
     struct stat info;
-    char *slash, *dot;
-    size_t n;
+    char *slash;
+    size_t n, ending;
 
     memset(p, 0, sizeof *p);
     if (stat(path, &info) != 0) {
@@ -217,14 +65,14 @@ static spurion_status locate(place *p, const char *path)
         return spurion_ok();
     }
     slash = strrchr(p->dir, '/');
-    if (!ends_with(path, ".json")) { /* cfg.json or config.json stand for their directory */
+    if (!spurion_sae_ends_with(path, ".json")) { /* cfg.json or config.json stand for their directory */
         memcpy(p->weights, p->dir, n + 1);
     }
-    if (is_pickle(p->weights)) {
-        dot = strrchr(p->weights, '.');
-        memcpy(dot, ".safetensors", sizeof ".safetensors");
+    ending = pickle_ending(p->weights);
+    if (ending > 0) {
+        memcpy(p->weights + n - ending, ".safetensors", sizeof ".safetensors");
         if (access(p->weights, F_OK) != 0) {
-            return convert_first(path);
+            return spurion_sae_convert_first(path);
         }
     }
     if (slash == NULL) {
@@ -235,18 +83,86 @@ static spurion_status locate(place *p, const char *path)
     return spurion_ok();
 }
 
-static spurion_status open_weights(spurion_safetensors **out, place *p, int format)
+static spurion_status open_file(spurion_safetensors **out, const char *path)
 {
+    return spurion_sae_ends_with(path, ".npz") ? spurion_safetensors_open_npz(out, path) : spurion_safetensors_open(out, path);
+}
+
+/* The only file of a directory that ends so: the formats that give their files no name. */
+static spurion_status only_file(char *out, const char *dir, const char *format)
+{
+    DIR *d = opendir(dir);
+    struct dirent *entry;
+    char pickle[PATH_MAX] = "";
+    int count = 0;
+
+    while (d != NULL && (entry = readdir(d)) != NULL) {
+        if (spurion_sae_ends_with(entry->d_name, ".safetensors")) {
+            count++;
+            (void)spurion_path_join(out, PATH_MAX, dir, entry->d_name).code;
+        } else if (pickle_ending(entry->d_name) > 0) {
+            (void)spurion_path_join(pickle, PATH_MAX, dir, entry->d_name).code;
+        }
+    }
+    if (d != NULL) {
+        closedir(d);
+    }
+    if (count == 0 && pickle[0] != '\0') {
+        return spurion_sae_convert_first(pickle);
+    }
+    if (count != 1) {
+        return spurion_error(count == 0 ? SPURION_NOT_FOUND : SPURION_INVALID_ARGUMENT,
+                             "%s: expected one safetensors file of format %s, found %d: give the path of the file", spurion_path_tail(dir),
+                             format, count);
+    }
+    return spurion_ok();
+}
+
+static spurion_status find_weights(place *p, spurion_sae_format format)
+{
+    const char *const *files = spurion_sae_format_files(format);
     char pickle[PATH_MAX];
 
-    if (p->weights[0] == '\0' && !file_at(p->weights, p->dir, formats[format].weights)) {
-        if (file_at(pickle, p->dir, formats[format].pickle)) {
-            return convert_first(pickle);
-        }
-        return spurion_error(SPURION_NOT_FOUND, "%s: expected %s of format %s, found none", spurion_path_tail(p->dir),
-                             formats[format].weights, formats[format].name);
+    if (files[0] == NULL) {
+        return only_file(p->weights, p->dir, spurion_sae_format_name(format));
     }
-    return spurion_safetensors_open(out, p->weights);
+    for (int i = 0; files[i] != NULL; i++) {
+        if (spurion_sae_file_at(p->weights, p->dir, files[i])) {
+            return spurion_ok();
+        }
+    }
+    for (int i = 0; files[i] != NULL; i++) {
+        char name[64];
+
+        snprintf(name, sizeof name, "%.*s.pt", (int)(strrchr(files[i], '.') - files[i]), files[i]);
+        if (spurion_sae_file_at(pickle, p->dir, name)) {
+            return spurion_sae_convert_first(pickle);
+        }
+    }
+    return spurion_error(SPURION_NOT_FOUND, "%s: expected %s of format %s, found none", spurion_path_tail(p->dir), files[0],
+                         spurion_sae_format_name(format));
+}
+
+static spurion_status find_source(spurion_sae_format *format, spurion_sae_source *source, place *p, const char *path, const char *format_name)
+{
+    spurion_status st;
+
+    SPURION_TRY(st, locate(p, path));
+    source->dir = p->dir;
+    if (p->weights[0] != '\0') {
+        SPURION_TRY(st, open_file(&source->file, p->weights));
+    }
+    if (format_name != NULL && format_name[0] != '\0') {
+        SPURION_TRY(st, spurion_sae_format_by_name(format, &source->variant, format_name));
+    } else {
+        SPURION_TRY(st, spurion_sae_format_find(format, p->dir, source->file));
+    }
+    if (source->file == NULL) {
+        SPURION_TRY(st, find_weights(p, *format));
+        SPURION_TRY(st, open_file(&source->file, p->weights));
+    }
+out:
+    return st;
 }
 
 /* --- the whole --- */
@@ -264,39 +180,29 @@ out:
     return st;
 }
 
-static spurion_status find_source(int *format, spurion_sae_source *source, place *p, const char *path, const char *format_name)
+spurion_status spurion_sae_file_read(spurion_sae_file *out, const char *path, const spurion_sae_options *options)
 {
+    static const spurion_sae_options none = {NULL, 0, false};
+    const spurion_sae_options *o = options != NULL ? options : &none;
     spurion_status st;
-
-    SPURION_TRY(st, locate(p, path));
-    source->dir = p->dir;
-    if (p->weights[0] != '\0') {
-        SPURION_TRY(st, spurion_safetensors_open(&source->file, p->weights));
-    }
-    if (format_name != NULL && format_name[0] != '\0') {
-        SPURION_TRY(st, format_by_name(format, &source->variant, format_name));
-    } else {
-        SPURION_TRY(st, detect(format, p->dir, source->file));
-    }
-    if (source->file == NULL) {
-        SPURION_TRY(st, open_weights(&source->file, p, *format));
-    }
-out:
-    return st;
-}
-
-spurion_status spurion_sae_file_read(spurion_sae_file *out, const char *path, const char *format)
-{
-    spurion_status st;
-    spurion_sae_raw raw = {.input_scale = 1};
-    spurion_sae_source source = {NULL, NULL, NULL};
+    spurion_sae_raw raw = {.input_scale = 1, .unit_decoder = o->unit_decoder};
+    spurion_sae_source source = {.norm_factor = o->norm_factor};
+    spurion_sae_format format = SPURION_FORMAT_UNKNOWN;
     place p;
-    int which = FORMAT_UNKNOWN;
 
     memset(out, 0, sizeof *out);
-    SPURION_TRY(st, find_source(&which, &source, &p, path, format));
-    snprintf(out->format, sizeof out->format, "%s", formats[which].name);
-    SPURION_TRY(st, formats[which].read(out, &raw, &source));
+    SPURION_TRY(st, find_source(&format, &source, &p, path, o->format));
+    snprintf(out->format, sizeof out->format, "%s", spurion_sae_format_name(format));
+    if (source.variant != NULL && format != SPURION_FORMAT_DICTIONARY_LEARNING) {
+        st = spurion_error(SPURION_INVALID_ARGUMENT, "format: expected a class after ':' with dictionary_learning only, found \"%.60s\"", o->format);
+        goto out;
+    }
+    SPURION_TRY(st, readers[format](out, &raw, &source));
+    if (o->norm_factor > 0 && !raw.norm_factor_taken) {
+        st = spurion_error(SPURION_INVALID_ARGUMENT, "%s: norm_factor: expected none (%s %s has no dataset-wise norm, or its files say it), "
+                           "found %.9g", spurion_path_tail(path), out->format, out->architecture, o->norm_factor);
+        goto out;
+    }
     SPURION_TRY(st, spurion_sae_fold(out, &raw));
     SPURION_TRY(st, read_digest(out->digest, source.file));
 out:

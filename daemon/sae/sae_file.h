@@ -3,6 +3,7 @@
 #ifndef SPURION_SAE_FILE_H
 #define SPURION_SAE_FILE_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -47,9 +48,17 @@ typedef struct spurion_sae_file {
     unsigned char digest[32]; /* SHA-256 over the tensor bytes */
 } spurion_sae_file;
 
-/* Reads an SAE. path: directory or file. format: NULL to find out, else one of verdict.md's names. All shapes and finiteness are checked; errors say expected and found and which option resolves an ambiguity.
+/* What a user says about an SAE beside its path. */
+typedef struct spurion_sae_options {
+    const char *format; /* NULL: found out; else "saelens", "dictionary_learning:BatchTopKSAE", .. (verdict.md's names) */
+    double norm_factor; /* factor of a dataset-wise norm that stands in no file (sqrt(d) / mean |x|); 0: not said */
+    bool unit_decoder;  /* features in units of decoder rows of length 1, as AutoEncoder.from_pretrained and fold_W_dec_norm do */
+} spurion_sae_options;
+
+/* Reads an SAE. path: directory or file; options: NULL for none. All shapes and finiteness are checked; errors say expected and found
+ * and which option resolves an ambiguity.
  * A pickle (.pt, .bin) without its converted safetensors is FAILED_PRECONDITION naming `python -m spurion.convert PATH`. */
-spurion_status spurion_sae_file_read(spurion_sae_file *out, const char *path, const char *format) SPURION_MUST_USE;
+spurion_status spurion_sae_file_read(spurion_sae_file *out, const char *path, const spurion_sae_options *options) SPURION_MUST_USE;
 void spurion_sae_file_fini(spurion_sae_file *f);
 
 #endif

@@ -1,4 +1,4 @@
-/* Shows what the readers made of a checkpoint, for the golden tests: `readers_dump model DIR OUT` or `readers_dump sae PATH OUT [FORMAT]`.
+/* Shows what the readers made of a checkpoint, for the golden tests: `readers_dump model DIR OUT` or `readers_dump sae PATH OUT [FORMAT [NORM_FACTOR [unit_decoder]]]`.
  * OUT (a directory that exists) gets raw little-endian f32 arrays NAME.f32; stdout gets one JSON object. Exit 3 with the status on stderr
  * when the readers refuse. */
 #include <stdio.h>
@@ -117,12 +117,12 @@ out:
     return st;
 }
 
-static spurion_status dump_sae(const char *path, const char *out, const char *format)
+static spurion_status dump_sae(const char *path, const char *out, const spurion_sae_options *options)
 {
     spurion_status st;
     spurion_sae_file f;
 
-    SPURION_TRY(st, spurion_sae_file_read(&f, path, format));
+    SPURION_TRY(st, spurion_sae_file_read(&f, path, options));
     write_array(out, "enc", f.enc, (size_t)f.F * (size_t)f.d);
     write_array(out, "dec", f.dec, (size_t)f.F * (size_t)f.d);
     write_array(out, "dec_bias", f.dec_bias, (size_t)f.d);
@@ -143,12 +143,13 @@ out:
 int main(int argc, char **argv)
 {
     spurion_status st;
+    spurion_sae_options options = {argc > 4 && argv[4][0] != '\0' ? argv[4] : NULL, argc > 5 ? atof(argv[5]) : 0, argc > 6};
 
     if (argc < 4 || (strcmp(argv[1], "model") != 0 && strcmp(argv[1], "sae") != 0)) {
-        fprintf(stderr, "usage: readers_dump model DIR OUT | sae PATH OUT [FORMAT]\n");
+        fprintf(stderr, "usage: readers_dump model DIR OUT | sae PATH OUT [FORMAT [NORM_FACTOR [unit_decoder]]]\n");
         return 64;
     }
-    st = argv[1][0] == 'm' ? dump_model(argv[2], argv[3]) : dump_sae(argv[2], argv[3], argc > 4 ? argv[4] : NULL);
+    st = argv[1][0] == 'm' ? dump_model(argv[2], argv[3]) : dump_sae(argv[2], argv[3], &options);
     if (st.code != SPURION_OK) {
         fprintf(stderr, "%s: %s\n", spurion_code_name(st.code), st.message);
         return 3;

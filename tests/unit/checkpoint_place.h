@@ -43,6 +43,13 @@ static inline void place_text(const place *p, const char *name, const char *text
     place_write(p, name, text, strlen(text));
 }
 
+static inline void place_remove(const place *p, const char *name)
+{
+    char path[512];
+
+    SPURION_ASSERT(unlink(place_path(path, p, name)) == 0);
+}
+
 static inline void place_drop(place *p)
 {
     DIR *dir = opendir(p->dir);

@@ -51,8 +51,8 @@ static int setup(void **state)
     fd = mkstemp(f->path);
     assert_true(fd >= 0);
     assert_int_equal(close(fd), 0);
-    f->config.saes[0] = (spurion_sae_config){"mid", "/m", NULL, NULL};
-    f->config.saes[1] = (spurion_sae_config){"late", "/l", NULL, NULL};
+    f->config.saes[0] = (spurion_sae_config){.id = "mid", .path = "/m"};
+    f->config.saes[1] = (spurion_sae_config){.id = "late", .path = "/l"};
     f->config.sae_count = 2;
     f->config.rules = f->rules;
     *state = f;

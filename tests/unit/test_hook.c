@@ -24,6 +24,10 @@ static void test_hook_reads_every_spelling(void **state)
                 {"model.layers.7", 7, SPURION_HOOK_POST},
                 {"gpt_neox.layers.7", 7, SPURION_HOOK_POST},
                 {"layers.10", 10, SPURION_HOOK_POST},
+                {"layers.10.mlp", 10, SPURION_HOOK_MLP_OUT},
+                {"h.10.attn", 10, SPURION_HOOK_ATTN_OUT},
+                {"model.layers.9.output", 9, SPURION_HOOK_POST},
+                {"model.layers.9.post_feedforward_layernorm.output", 9, SPURION_HOOK_MLP_OUT},
                 {"h.3", 3, SPURION_HOOK_POST},
                 {"resid_post_layer_8", 8, SPURION_HOOK_POST},
                 {"attention_out_layer_8", 8, SPURION_HOOK_ATTN_OUT},
@@ -59,7 +63,8 @@ static void test_hook_refuses_other_points(void **state)
                                       "blocks.1.ln2.hook_normalized",
                                       "blocks.1.mlp.hook_post",
                                       "hook_embed",
-                                      "layers.10.mlp",
+                                      "layers.10.mlpx",
+                                      "resid_post_layer_8.mlp",
                                       "layers.",
                                       "model.layers.3.pre_feedforward_layernorm.output"};
     spurion_hook hook;

@@ -44,7 +44,7 @@ static void good(fixture *x, const char *format)
     spurion_status st;
 
     spurion_sae_file_fini(&x->f);
-    st = spurion_sae_file_read(&x->f, x->p.dir, format);
+    st = spurion_sae_file_read(&x->f, x->p.dir, &(spurion_sae_options){format, 0, false});
     if (st.code != SPURION_OK) {
         fail_msg("%s", st.message);
     }
@@ -55,7 +55,7 @@ static void bad(fixture *x, const char *format, int code, const char *text)
     spurion_status st;
 
     spurion_sae_file_fini(&x->f);
-    st = spurion_sae_file_read(&x->f, x->p.dir, format);
+    st = spurion_sae_file_read(&x->f, x->p.dir, &(spurion_sae_options){format, 0, false});
     assert_null(x->f.enc);
     if (st.code != code || strstr(st.message, text) == NULL) {
         fail_msg("expected %d and \"%s\", found %d and \"%s\"", code, text, st.code, st.message);
@@ -317,14 +317,18 @@ static void test_sae_file_other_formats_are_named(void **state)
     fixture *x = *state;
 
     bad(x, NULL, SPURION_INVALID_ARGUMENT, "found none of these files");
-    bad(x, "gemma_scope", SPURION_UNIMPLEMENTED, "expected saelens, dictionary_learning or sparsify, found \"gemma_scope\"");
+    bad(x, "neurons", SPURION_UNIMPLEMENTED, "llama_scope, openai or goodfire, found \"neurons\"");
+    bad(x, "saelens:gated", SPURION_NOT_FOUND, "expected sae_weights.safetensors of format saelens");
+    bad(x, "gemma_scope", SPURION_NOT_FOUND, "expected params.npz of format gemma_scope");
+    bad(x, "openai", SPURION_NOT_FOUND, "expected one safetensors file of format openai, found 0");
     bad(x, "saelens", SPURION_NOT_FOUND, "expected sae_weights.safetensors of format saelens");
     place_text(&x->p, "params.npz", "PK");
-    bad(x, NULL, SPURION_INVALID_ARGUMENT, "found a Gemma Scope dictionary");
+    bad(x, NULL, SPURION_INVALID_ARGUMENT, "expected an npz file (a zip archive)");
     place_text(&x->p, "hyperparams.json", "{}");
-    bad(x, NULL, SPURION_INVALID_ARGUMENT, "found a Llama Scope dictionary");
-    place_text(&x->p, "config.json", "{\"sae_type\":\"sae\"}");
-    bad(x, NULL, SPURION_INVALID_ARGUMENT, "llamascopium");
+    bad(x, NULL, SPURION_NOT_FOUND, "expected sae_weights.safetensors of format llama_scope");
+    place_text(&x->p, "conf.yaml", "a: 1");
+    bad(x, NULL, SPURION_INVALID_ARGUMENT, "a temporal SAE (conf.yaml)");
+    place_remove(&x->p, "conf.yaml");
     place_text(&x->p, "cfg.json", "{\"act_size\":1}");
     bad(x, NULL, SPURION_INVALID_ARGUMENT, "architecture (SAELens) or expansion_factor (sparsify)");
     place_text(&x->p, "cfg.json", "{\"architecture\":\"jumprelu_transcoder\"}");

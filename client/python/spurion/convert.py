@@ -18,7 +18,7 @@ from pathlib import Path
 SUFFIXES = (".pt", ".pth", ".bin")
 # What trainers leave beside the weights: no tensors of a model.
 NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "trainer_state", "rng_state", "random_states")
-WRAPPERS = ("state_dict", "model_state_dict")
+WRAPPERS = ("state_dict", "model_state_dict", "sae")
 
 
 class ConvertError(Exception):
