@@ -49,6 +49,9 @@ typedef struct spurion_config {
         const char *path;
         spurion_dtype dtype;
         int head_index;      /* -1: not said */
+        const char **head_weights; /* numbers as texts; engine.c reads them */
+        int32_t head_weight_count; /* 0: none */
+        const char *pooling; /* NULL: what the checkpoint says, else last */
         spurion_template template_kind;
         bool append_eos;
         int max_tokens;      /* 0: the model's context */

@@ -11,6 +11,7 @@
 _Static_assert(sizeof(spurion_dtype) == sizeof(unsigned) && sizeof(spurion_direction) == sizeof(unsigned), "enums are ints here");
 
 static const char *const dtypes[] = {"f32", "bf16", NULL};
+static const char *const poolings[] = {"last", "last_non_pad", "first_eos", "mean", NULL};
 static const char *const templates[] = {"none", "hh", NULL};
 static const char *const too_long[] = {"refuse", "truncate_prompt", NULL};
 static const char *const methods[] = {"grad", "ig", "none", NULL};
@@ -34,6 +35,10 @@ static const spurion_key config_rows[] = {
     {"model", "dtype", SPURION_KEY_ENUM, AT(model.dtype), NO_AUX, 0, 0, dtypes, "f32", NULL, "type of weights and matrix inputs"},
     {"model", "head_index", SPURION_KEY_INT, AT(model.head_index), NO_AUX, 0, 65535, NULL, NULL, "0",
      "which output of a score head of several is the reward"},
+    {"model", "head_weights", SPURION_KEY_TEXTS, AT(model.head_weights), AT(model.head_weight_count), 0, 0, NULL, NULL, "[0.7, 0.3]",
+     "the reward is this weighted sum of the head's outputs, instead of one of them"},
+    {"model", "pooling", SPURION_KEY_CHOICE, AT(model.pooling), NO_AUX, 0, 0, poolings, NULL, "last",
+     "hidden state that the head reads; default: what the checkpoint says, else last"},
     {"model", "template", SPURION_KEY_ENUM, AT(model.template_kind), NO_AUX, 0, 0, templates, "none", NULL,
      "how prompt and completion become one text"},
     {"model", "append_eos", SPURION_KEY_BOOL, AT(model.append_eos), NO_AUX, 0, 0, NULL, "false", NULL,

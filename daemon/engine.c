@@ -2,11 +2,13 @@
 #include "daemon/engine_internal.h"
 
 #include <malloc.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "daemon/base/check.h"
+#include "daemon/base/log.h"
 #include "daemon/model/tokenizer.h"
 #include "daemon/rules.h"
 
@@ -21,7 +23,8 @@ typedef struct loading {
     spurion_weights *weights;
     spurion_sae_file files[SPURION_SAES_MAX];
     spurion_hook hooks[SPURION_SAES_MAX];
-    int head_index;
+    spurion_head_choice choice;
+    double *weights_of_head; /* (outputs) or NULL */
 } loading;
 
 static spurion_status out_of_memory(const char *what)
@@ -29,16 +32,81 @@ static spurion_status out_of_memory(const char *what)
     return spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory for %s", what);
 }
 
+/* model.head_weights: one number for each output. */
+static spurion_status head_weights_read(loading *l, const spurion_config *c)
+{
+    int n = c->model.head_weight_count;
+
+    if (c->model.head_index >= 0 || n != l->model.outputs) {
+        return spurion_error(SPURION_INVALID_ARGUMENT, "model.head_weights: expected %d numbers (the head's outputs) and no model.head_index, found %d%s",
+                             l->model.outputs, n, c->model.head_index >= 0 ? " and a head_index" : "");
+    }
+    l->weights_of_head = calloc((size_t)n, sizeof *l->weights_of_head);
+    if (!l->weights_of_head) {
+        return out_of_memory("the head's weights");
+    }
+    for (int i = 0; i < n; i++) {
+        char *end;
+        l->weights_of_head[i] = strtod(c->model.head_weights[i], &end);
+        if (end == c->model.head_weights[i] || *end || !isfinite(l->weights_of_head[i])) {
+            return spurion_error(SPURION_INVALID_ARGUMENT, "model.head_weights: expected numbers, found '%.40s'", c->model.head_weights[i]);
+        }
+    }
+    l->choice.weights = l->weights_of_head;
+    return spurion_ok();
+}
+
 static spurion_status head_choose(loading *l, const spurion_config *c)
 {
-    if (c->model.head_index < 0 && l->model.outputs > 1) {
-        return spurion_error(SPURION_INVALID_ARGUMENT, "%s: expected a score head of 1 output, found %d; model.head_index says which is the reward",
-                             c->model.path, l->model.outputs);
+    int outputs = l->model.outputs, index = c->model.head_index;
+
+    if (c->model.head_weight_count) {
+        return head_weights_read(l, c);
     }
-    l->head_index = c->model.head_index < 0 ? 0 : c->model.head_index;
-    if (l->head_index >= l->model.outputs) {
-        return spurion_error(SPURION_INVALID_ARGUMENT, "model.head_index: expected 0 to %d (the head has %d outputs), found %d",
-                             l->model.outputs - 1, l->model.outputs, l->head_index);
+    if (index < 0 && outputs > 1) {
+        return spurion_error(SPURION_INVALID_ARGUMENT,
+                             "%s: expected a score head of 1 output, found %d; model.head_index says which is the reward, or "
+                             "model.head_weights how they are weighed",
+                             c->model.path, outputs);
+    }
+    l->choice.index = index < 0 ? 0 : index;
+    if (l->choice.index >= outputs) {
+        return spurion_error(SPURION_INVALID_ARGUMENT, "model.head_index: expected 0 to %d (the head has %d outputs), found %d", outputs - 1,
+                             outputs, index);
+    }
+    return spurion_ok();
+}
+
+static const char *const pooling_names[] = {"last", "last_non_pad", "first_eos", "mean"}; /* by spurion_pooling */
+
+static bool pad_is_eos(const spurion_model_config *m)
+{
+    for (int i = 0; i < m->eos_count; i++) {
+        if (m->pad >= 0 && m->eos[i] == m->pad) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* The user's word, then the checkpoint's, then last: with a warning where trainers disagree about it. */
+static spurion_status pooling_choose(loading *l, const spurion_config *c)
+{
+    spurion_model_config *m = &l->model;
+
+    for (int i = 0; c->model.pooling && i < 4; i++) {
+        if (strcmp(c->model.pooling, pooling_names[i]) == 0) {
+            m->pooling = (spurion_pooling)i;
+            m->pooling_said = true;
+        }
+    }
+    if (m->pooling == SPURION_POOL_FIRST_EOS && m->eos_count == 0) {
+        return spurion_error(SPURION_INVALID_ARGUMENT, "model.pooling: first_eos: expected eos_token_id in %s/config.json, found none",
+                             c->model.path);
+    }
+    if (!m->pooling_said && pad_is_eos(m)) {
+        spurion_log_warn("MODEL-POOLING", "pad_token_id equals eos_token_id (%d): trainers score another position than the last after an "
+                         "EOS; the reward is read at the last one (model.pooling says otherwise)", m->pad);
     }
     return spurion_ok();
 }
@@ -75,6 +143,7 @@ static spurion_status files_load(spurion_engine *e, loading *l)
 
     SPURION_TRY(st, spurion_model_config_read(&l->model, c->model.path));
     SPURION_TRY(st, head_choose(l, c));
+    SPURION_TRY(st, pooling_choose(l, c));
     if (c->model.append_eos && l->model.eos_count == 0) {
         st = spurion_error(SPURION_INVALID_ARGUMENT, "model.append_eos: expected eos_token_id in %s/config.json, found none", c->model.path);
         goto out;
@@ -122,7 +191,7 @@ static spurion_status device_load(spurion_engine *e, loading *l)
 
     positions = positions < l->model.context ? positions : l->model.context;
     positions = positions < c->engine.tokens_max ? positions : c->engine.tokens_max;
-    SPURION_TRY(st, spurion_model_load(&e->model, e->dev, &l->model, l->weights, positions, backward_from, l->head_index));
+    SPURION_TRY(st, spurion_model_load(&e->model, e->dev, &l->model, l->weights, positions, backward_from, l->choice));
     e->weights_bytes = e->model->bytes;
     for (int i = 0; i < c->sae_count; i++) {
         SPURION_TRY(st, spurion_sae_create(&e->saes[i], e->dev, &l->files[i], c->saes[i].id, l->hooks[i], SAE_DTYPE));
@@ -371,6 +440,7 @@ out:
         spurion_sae_file_fini(&l->files[i]);
     }
     spurion_weights_close(l ? l->weights : NULL);
+    free(l ? l->weights_of_head : NULL);
     free(l);
     spurion_engine_destroy(e);
     return st;
@@ -597,6 +667,9 @@ void spurion_engine_describe(const spurion_engine *e, FILE *out)
 
     fprintf(out, "model      %s, %d blocks, width %d, %d heads (%d key/value) of %d, vocabulary %d, context %d\n", c->architecture, c->layers,
             c->hidden, c->heads, c->kv_heads, c->head_dim, e->model->vocab, c->context);
+    fprintf(out, "head       %s, %d layer%s, %d output%s; pooling %s%s%s\n", c->head.stem, c->head.hidden + 1, c->head.hidden ? "s" : "", c->outputs,
+            c->outputs > 1 ? "s" : "", pooling_names[c->pooling], c->pooling_said ? "" : " (the default)",
+            pad_is_eos(c) && !c->pooling_said ? "; warning: pad equals eos, trainers may read another position" : "");
     fprintf(out, "device     %s, %s\n", e->dev->name, e->dev->dtype == SPURION_BF16 ? "bf16 matrix inputs, f32 sums" : "f32");
     describe_saes(e, out);
     fprintf(out, "catalogue  %d features, %d families, %d rules, %d sets to ablate\n", e->catalogue.entry_count, e->catalogue.family_count,

@@ -19,6 +19,7 @@ typedef struct spurion_job {
     int32_t token_count;
     int32_t completion_start;  /* first position of C with scope completion */
     int32_t leading_count;     /* leading specials */
+    int32_t scored;            /* position that the head reads, in the completion; with mean pooling the last */
 
     /* Set by whoever forms groups: jobs of one group stand together and share this number. */
     int32_t group_number;

@@ -87,9 +87,6 @@ static spurion_status rewards_read(const spurion_engine *e, int count)
 {
     spurion_status st;
     SPURION_TRY(st, e->dev->ops->download(e->dev, e->host_rewards, e->w.rewards, (size_t)count * sizeof(float)));
-    for (int i = 0; i < count; i++) {
-        e->host_rewards[i] = spurion_model_reward(e->model, e->host_rewards[i]);
-    }
 out:
     return st;
 }
@@ -224,6 +221,12 @@ static bool removal_find(removal *out, const spurion_engine *e, const spurion_jo
     return found;
 }
 
+/* A change after the scored position (first_eos, last_non_pad) cannot reach the reward: effect 0, not run. */
+static bool counts(const measurement *k, const removal *r)
+{
+    return r->from <= k->packed.members[r->member].scored;
+}
+
 /* All removals of all members, those that start at the same block together. */
 static spurion_status removals_list(removal **out, int *out_count, measurement *k)
 {
@@ -248,13 +251,15 @@ static spurion_status removals_list(removal **out, int *out_count, measurement *
             removal r = {.member = i, .set = s};
             if (removal_find(&r, e, job, c->sets[s].entries, c->sets[s].count)) {
                 ((bool *)job->set_active)[s] = true;
-                (*out)[n++] = r;
+                (*out)[n] = r;
+                n += counts(k, &r);
             }
         }
         for (int a = 0; e->config->ablation_each && a < job->active_count; a++) {
             removal r = {.member = i, .set = c->set_count + job->active_entries[a]};
             if (removal_find(&r, e, job, &job->active_entries[a], 1)) {
-                (*out)[n++] = r;
+                (*out)[n] = r;
+                n += counts(k, &r);
             }
         }
     }

@@ -105,7 +105,7 @@ static void completion_seqs(spurion_packed *p, int i)
 {
     const spurion_member *m = &p->members[i];
     int32_t n = m->count - m->start;
-    spurion_seq whole = seq_make(m->row, n, m->start), scored = seq_make(i, 1, m->count - 1);
+    spurion_seq whole = seq_make(m->row, n, m->start), scored = seq_make(i, 1, m->scored);
 
     prompt_pieces(&whole, m);
     prompt_pieces(&scored, m);
@@ -117,8 +117,8 @@ static void completion_seqs(spurion_packed *p, int i)
     p->backward_seqs[i] = whole;
     p->scored_seqs[i] = scored;
     p->scored_backward_seqs[i] = scored;
-    p->scored[i] = m->row + n - 1;
-    p->scored_positions[i] = m->count - 1;
+    p->scored[i] = m->row + m->scored - m->start;
+    p->scored_positions[i] = m->scored;
 }
 
 static spurion_status packed_take(spurion_packed *p, spurion_arena *arena, int rows, int count)
@@ -157,7 +157,8 @@ spurion_status spurion_pack_jobs(spurion_packed *out, spurion_arena *arena, spur
         m->job = jobs[i];
         m->count = jobs[i]->token_count;
         m->start = spurion_pack_start(jobs[i], scope_all);
-        SPURION_ASSERT(m->start < m->count);
+        m->scored = jobs[i]->scored;
+        SPURION_ASSERT(m->start <= m->scored && m->scored < m->count);
         m->row = row;
         rows_fill(out, m->job, row, m->start, m->count - m->start);
         row += m->count - m->start;
@@ -223,14 +224,15 @@ spurion_status spurion_pack_variants(spurion_packed_variants *out, spurion_arena
     for (int i = 0; i < count; i++) {
         const spurion_member *m = &clean->members[variants[i].member];
         int32_t from = variants[i].from, n = m->count - from;
-        spurion_seq whole = seq_make(row, n, from), scored = seq_make(i, 1, m->count - 1);
+        spurion_seq whole = seq_make(row, n, from), scored = seq_make(i, 1, m->scored);
 
         variant_pieces(&whole, m, from, kv_row, row);
         variant_pieces(&scored, m, from, kv_row, row);
         out->seqs[i] = out->backward_seqs[i] = whole;
         out->scored_seqs[i] = out->scored_backward_seqs[i] = scored;
-        out->scored[i] = row + n - 1;
-        out->scored_positions[i] = m->count - 1;
+        SPURION_ASSERT(from <= m->scored); /* what comes later changes nothing, and is not run */
+        out->scored[i] = row + m->scored - from;
+        out->scored_positions[i] = m->scored;
         for (int32_t t = 0; t < n; t++) {
             out->positions[row + t] = from + t;
             out->source[row + t] = m->row + from - m->start + t;

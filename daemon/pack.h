@@ -17,6 +17,7 @@ typedef struct spurion_member {
     int32_t count, start;
     int32_t root_row, root_count, prompt_row;
     int32_t row;       /* first completion row */
+    int32_t scored;    /* position whose hidden state the head reads; with mean pooling the last */
 } spurion_member;
 
 typedef struct spurion_packed {

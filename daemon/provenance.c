@@ -39,11 +39,23 @@ out:
     return st;
 }
 
+/* What the reward is made of beside the weights: config.json may normalise it, the configuration may weigh outputs and choose the position. */
+static json_t *head_json(const spurion_engine *e)
+{
+    const spurion_model_config *m = &e->model->config;
+    json_t *weights = json_array();
+    for (int i = 0; i < e->config->model.head_weight_count; i++) {
+        json_array_append_new(weights, json_string(e->config->model.head_weights[i]));
+    }
+    return json_pack("{s:s, s:i, s:f, s:f, s:b, s:b, s:i, s:o}", "stem", m->head.stem, "hidden", m->head.hidden, "mean", m->head.mean, "std",
+                     m->head.std, "centre", m->head.centre, "rescale", m->head.rescale, "pooling", (int)m->pooling, "weights", weights);
+}
+
 static json_t *model_json(const spurion_engine *e, const unsigned char *digest)
 {
     const spurion_config *c = e->config;
-    return json_pack("{s:s, s:o, s:s, s:i, s:i, s:b, s:i, s:i, s:o}", "architecture", e->model->config.architecture, "weights", hex_of(digest),
-                     "dtype", c->model.dtype == SPURION_BF16 ? "bf16" : "f32", "head_index", c->model.head_index, "template",
+    return json_pack("{s:s, s:o, s:s, s:i, s:o, s:i, s:b, s:i, s:i, s:o}", "architecture", e->model->config.architecture, "weights", hex_of(digest),
+                     "dtype", c->model.dtype == SPURION_BF16 ? "bf16" : "f32", "head_index", c->model.head_index, "head", head_json(e), "template",
                      (int)c->model.template_kind, "append_eos", c->model.append_eos, "max_tokens", c->model.max_tokens, "on_too_long",
                      (int)c->model.on_too_long, "tokenizer", hex_of(spurion_tokenizer_digest(e->tokenizer)));
 }

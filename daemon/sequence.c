@@ -9,7 +9,7 @@
 /* A sequence in the making: ids are ours and still change. */
 typedef struct draft {
     int32_t *ids;
-    int64_t count, start, leading;
+    int64_t count, start, leading, scored;
     uint32_t warnings;
     bool truncated;
 } draft;
@@ -243,6 +243,31 @@ static spurion_status check_kind(bool *ids, const spurion_rollout *r)
                          r->completion_ids ? " completion_ids" : "", *ids || prompt || completion ? "" : " none");
 }
 
+/* The position that the head reads. */
+static spurion_status score_where(draft *d, const spurion_model_config *m)
+{
+    int64_t at = d->count - 1;
+
+    d->scored = at;
+    if (m->pooling == SPURION_POOL_LAST && m->pad >= 0 && d->ids[at] == m->pad) {
+        d->warnings |= SPURION_WARN_PAD_SCORED;
+    }
+    if (m->pooling == SPURION_POOL_LAST_NON_PAD && m->pad >= 0) {
+        while (at >= d->start && d->ids[at] == m->pad) {
+            at--;
+        }
+        d->scored = at;
+    }
+    for (int64_t i = d->count - 1; m->pooling == SPURION_POOL_FIRST_EOS && i >= d->start; i--) {
+        for (int k = 0; k < m->eos_count; k++) {
+            d->scored = d->ids[i] == m->eos[k] ? i : d->scored;
+        }
+    }
+    return d->scored >= d->start
+               ? spurion_ok()
+               : spurion_error(SPURION_INVALID_ARGUMENT, "completion: expected a token other than pad_token_id (%d), found none", m->pad);
+}
+
 static spurion_status make(draft *d, spurion_job *job, const spurion_sequence_rules *rules)
 {
     spurion_status st;
@@ -256,16 +281,14 @@ static spurion_status make(draft *d, spurion_job *job, const spurion_sequence_ru
         d->leading = d->start;
     }
     SPURION_TRY(st, fit(d, rules));
-    if (rules->model->pad >= 0 && d->ids[d->count - 1] == rules->model->pad) {
-        d->warnings |= SPURION_WARN_PAD_SCORED;
-    }
+    SPURION_TRY(st, score_where(d, rules->model));
 out:
     return st;
 }
 
 void spurion_sequence_make(spurion_job *job, const spurion_sequence_rules *rules)
 {
-    draft d = {NULL, 0, 0, 0, 0, false};
+    draft d = {.ids = NULL};
     spurion_verdict *v = &job->verdict;
     spurion_status st;
 
@@ -286,7 +309,8 @@ void spurion_sequence_make(spurion_job *job, const spurion_sequence_rules *rules
     job->completion_start = (int32_t)d.start;
     job->leading_count = (int32_t)d.leading;
     v->token_count = (int32_t)d.count;
-    v->scored_position = (int32_t)d.count - 1;
+    job->scored = (int32_t)d.scored;
+    v->scored_position = rules->model->pooling == SPURION_POOL_MEAN ? -1 : (int32_t)d.scored;
     v->truncated = d.truncated;
     v->warnings |= d.warnings;
 }

@@ -187,6 +187,9 @@ static spurion_status attention_backward_pruned(const descent *g, int l, const g
     const spurion_saved *all = &w->saved[l];
     int rows = r->p->completion_rows;
 
+    if (r->m->config.pooling != SPURION_POOL_LAST) { /* keys after the scored position: no query reads them */
+        SPURION_TRY(st, r->ops->zero(r->dev, w->dkv, (size_t)rows * 2 * (size_t)r->kv * sizeof(float)));
+    }
     SPURION_TRY(st, r->ops->attention_backward(r->dev, w->dq, w->dkv, w->dkv + r->kv, 2 * r->kv, w->d_attention, part->sv->attention,
                                                part->sv->lse, part->sv->q, w->k[l], w->v[l], r->p->scored_backward_seqs, part->rows,
                                                spurion_attention_shape_of(r, l)));
@@ -239,19 +242,82 @@ out:
     return st;
 }
 
-/* w->dxs = gradient of the rewards at the scored rows, before the final norm. */
+/* w->hs rows r0 .. r0 + n = gradient of the rewards through a head of several layers. */
+static spurion_status head_layers_backward(const descent *g, int r0, int n)
+{
+    spurion_status st;
+    const spurion_run *r = &g->r;
+    spurion_workspace *w = r->w;
+    const spurion_head *head = &r->m->config.head;
+    const float *pre = w->head_pre;
+    float *dy = w->head_d, *dx = w->head_d2;
+
+    for (int i = 0; i < head->hidden - 1; i++) {
+        pre += (size_t)w->scored_max * (size_t)head->width[i];
+    }
+    SPURION_TRY(st, r->ops->gather_rows(r->dev, dy, r->m->score_w, w->zeros, n, head->width[head->hidden - 1]));
+    for (int i = head->hidden - 1; i >= 0; i--) {
+        int width = head->width[i];
+        float *to = i == 0 ? w->hs + (size_t)r0 * (size_t)r->d : dx;
+
+        SPURION_TRY(st, r->ops->activation_backward(r->dev, w->head_act, pre + (size_t)r0 * (size_t)width, dy, n, width, SPURION_ACT_RELU, 0));
+        SPURION_TRY(st, r->ops->linear_backward(r->dev, to, w->head_act, r->m->head[i], n, SPURION_OVERWRITE));
+        dx = dy;
+        dy = to;
+        pre -= i == 0 ? 0 : (size_t)w->scored_max * (size_t)head->width[i - 1];
+    }
+out:
+    return st;
+}
+
+/* w->hs (S, d) = gradient of the rewards with respect to what the head reads. */
 static spurion_status head_backward(const descent *g)
 {
     spurion_status st;
     const spurion_run *r = &g->r;
-    const spurion_model_config *c = &r->m->config;
     spurion_workspace *w = r->w;
     int count = r->p->scored_count;
 
     SPURION_TRY(st, r->ops->zero(r->dev, w->zeros, (size_t)count * sizeof(int32_t)));
-    SPURION_TRY(st, r->ops->gather_rows(r->dev, w->hs, r->m->score_g, w->zeros, count, r->d)); /* the head's row, for each */
+    if (r->m->config.head.hidden == 0) {
+        return r->ops->gather_rows(r->dev, w->hs, r->m->score_w, w->zeros, count, r->d); /* the head's row, for each */
+    }
+    for (int r0 = 0, n; r0 < count; r0 += n) {
+        n = chunk_of(g, r0, count);
+        SPURION_TRY(st, head_layers_backward(g, r0, n));
+    }
+out:
+    return st;
+}
+
+/* w->dxs = gradient of the rewards at the scored rows, before the final norm; in w->dx too, unless a pruned block comes first. */
+static spurion_status scored_backward(const descent *g, bool pruned)
+{
+    spurion_status st;
+    const spurion_run *r = &g->r;
+    spurion_workspace *w = r->w;
+    int count = r->p->scored_count;
+
     SPURION_TRY(st, r->ops->norm_backward(r->dev, w->dxs, r->d, w->hs, r->d, w->xs, r->d, w->stats_s, r->m->final_w, spurion_plain_rows(count, r->d),
-                                          c->norm, SPURION_OVERWRITE));
+                                          r->m->config.norm, SPURION_OVERWRITE));
+    if (!pruned) {
+        SPURION_TRY(st, r->ops->zero(r->dev, w->dx, (size_t)r->p->completion_rows * (size_t)r->d * sizeof(float)));
+        SPURION_TRY(st, r->ops->scatter_rows(r->dev, w->dx, w->dxs, w->scored, count, r->d, SPURION_OVERWRITE));
+    }
+out:
+    return st;
+}
+
+/* w->dx = the same with mean pooling: every completion row has its share. w->x still holds the stream, w->y is free. */
+static spurion_status mean_backward(const descent *g)
+{
+    spurion_status st;
+    const spurion_run *r = &g->r;
+    spurion_workspace *w = r->w;
+
+    SPURION_TRY(st, r->ops->mean_rows_backward(r->dev, w->y, w->hs, r->p->scored_backward_seqs, r->p->scored_count, r->d));
+    SPURION_TRY(st, r->ops->norm_backward(r->dev, w->dx, r->d, w->y, r->d, w->x, r->d, w->stats_r, r->m->final_w,
+                                          spurion_plain_rows(r->p->completion_rows, r->d), r->m->config.norm, SPURION_OVERWRITE));
 out:
     return st;
 }
@@ -266,9 +332,8 @@ spurion_status spurion_model_backward(const spurion_model *m, spurion_workspace 
 
     SPURION_ASSERT(p->save && p->save_from <= lowest / 4);
     SPURION_TRY(st, head_backward(&g));
-    if (!p->prune_last || lowest == 4 * layers) {
-        SPURION_TRY(st, g.r.ops->zero(g.r.dev, w->dx, (size_t)p->completion_rows * (size_t)g.r.d * sizeof(float)));
-        SPURION_TRY(st, g.r.ops->scatter_rows(g.r.dev, w->dx, w->dxs, w->scored, p->scored_count, g.r.d, SPURION_OVERWRITE));
+    SPURION_TRY(st, m->config.pooling == SPURION_POOL_MEAN ? mean_backward(&g) : scored_backward(&g, p->prune_last));
+    if (!p->prune_last) {
         SPURION_TRY(st, tap(&g, 4 * layers, w->dx));
     }
     for (int l = layers - 1; l >= 0 && lowest < 4 * (l + 1); l--) {

@@ -8,6 +8,7 @@
 
 #include "daemon/base/json.h"
 #include "daemon/model/families.h"
+#include "daemon/model/head.h"
 #include "daemon/model/safetensors.h"
 
 #define SIZE_MAX_WIDTH (1 << 20)
@@ -124,32 +125,6 @@ static spurion_status read_block(spurion_model_config *c, const spurion_family *
     if (spurion_json_find(at, "quantization_config") != NULL) {
         st = spurion_error(SPURION_UNIMPLEMENTED, "%s: quantization_config: expected none (F32, F16 or BF16 weights), found one",
                            spurion_path_tail(at.name));
-    }
-out:
-    return st;
-}
-
-/* Rounds to `digits` binary digits, to nearest even, as a cast to bf16 (8) or f16 (11) of a number of middling size does. */
-static float round_digits(double x, int digits)
-{
-    int exponent;
-    double fraction = frexp(x, &exponent);
-
-    return (float)ldexp(nearbyint(ldexp(fraction, digits)), exponent - digits);
-}
-
-static spurion_status read_embed_scale(spurion_model_config *c, const spurion_family *f, spurion_json_at at)
-{
-    spurion_status st;
-    const char *dtype = "float32";
-
-    SPURION_TRY(st, spurion_json_opt_string(&dtype, at, "dtype|torch_dtype"));
-    if (strncmp(dtype, "torch.", 6) == 0) {
-        dtype += 6;
-    }
-    c->embed_scale = 1;
-    if (f->embed_scaled) {
-        c->embed_scale = round_digits(sqrt(c->hidden), strcmp(dtype, "bfloat16") == 0 ? 8 : strcmp(dtype, "float16") == 0 ? 11 : 24);
     }
 out:
     return st;
@@ -357,37 +332,7 @@ out:
     return st;
 }
 
-/* --- head and ids --- */
-
-static spurion_status read_head(spurion_model_config *c, spurion_head *head, bool *outputs_said, spurion_json_at at)
-{
-    spurion_status st;
-    const json_t *labels = NULL;
-    double mean = 0, sd = 1;
-
-    SPURION_TRY(st, spurion_head_resolve(head, at));
-    SPURION_TRY(st, spurion_json_opt_object(&labels, at, "id2label"));
-    c->outputs = labels != NULL ? (int)json_object_size(labels) : 0;
-    if (c->outputs == 0) {
-        SPURION_TRY(st, spurion_json_opt_int(&c->outputs, at, "num_labels", 1, 65536));
-    }
-    *outputs_said = c->outputs > 0;
-    if (!*outputs_said) {
-        c->outputs = 1;
-    }
-    SPURION_TRY(st, spurion_json_opt_bool(&c->head_normalized, at, "normalize_reward"));
-    SPURION_TRY(st, spurion_json_opt_double(&mean, at, "mean", -1e30, 1e30));
-    SPURION_TRY(st, spurion_json_opt_double(&sd, at, "std", -1e30, 1e30));
-    if (c->head_normalized && sd <= 0) {
-        st = spurion_error(SPURION_INVALID_ARGUMENT, "%s: std: expected above 0 with normalize_reward, found %g",
-                           spurion_path_tail(at.name), sd);
-        goto out;
-    }
-    c->head_mean = (float)mean;
-    c->head_std = (float)sd;
-out:
-    return st;
-}
+/* --- ids --- */
 
 /* A token id: absent is the class's default when the vocabulary holds it, null is none. */
 static spurion_status read_id(int32_t *out, int otherwise, const spurion_model_config *c, spurion_json_at at, const char *key)
@@ -456,8 +401,7 @@ out:
     return st;
 }
 
-spurion_status spurion_model_config_parse(spurion_model_config *out, spurion_head *head, bool *outputs_said, const char *text,
-                                          size_t bytes, const char *name)
+spurion_status spurion_model_config_parse(spurion_model_config *out, bool *outputs_said, const char *text, size_t bytes, const char *name)
 {
     spurion_status st;
     json_t *root = NULL;
@@ -475,49 +419,32 @@ spurion_status spurion_model_config_parse(spurion_model_config *out, spurion_hea
     snprintf(out->architecture, sizeof out->architecture, "%s", f->architecture);
     SPURION_TRY(st, read_sizes(out, f, at));
     SPURION_TRY(st, read_block(out, f, at));
-    SPURION_TRY(st, read_embed_scale(out, f, at));
+    out->embed_scale = f->embed_scaled ? (float)sqrt(out->hidden) : 1;
     SPURION_TRY(st, read_rope(out, f, at));
     SPURION_TRY(st, read_attention(out, f, at));
-    SPURION_TRY(st, read_head(out, head, outputs_said, at));
+    SPURION_TRY(st, spurion_head_read(out, outputs_said, at));
     SPURION_TRY(st, read_ids(out, f, at));
 out:
     json_decref(root);
     return st;
 }
 
-/* The head tensor knows its own rows and bias; config.json need not (num_labels is not written when it is the class's default).
- * Weights that cannot be opened are the business of spurion_weights_open. */
-static void look_at_head(spurion_model_config *c, const spurion_head *head, bool outputs_said, const char *dir)
-{
-    spurion_shards *shards = NULL;
-    const spurion_safetensors *file;
-    spurion_status st = spurion_shards_open(&shards, dir);
-
-    if (st.code == SPURION_OK) {
-        const spurion_tensor_info *w = spurion_shards_find(&file, shards, head->weight);
-
-        if (w != NULL && !outputs_said && w->rank == 2 && w->shape[0] >= 1 && w->shape[0] <= 65536) {
-            c->outputs = (int)w->shape[0];
-        }
-        c->head_bias = spurion_shards_find(&file, shards, head->bias) != NULL;
-    }
-    spurion_shards_close(shards);
-}
-
 spurion_status spurion_model_config_read(spurion_model_config *out, const char *dir)
 {
     spurion_status st;
-    spurion_head head;
     bool outputs_said = false;
     char path[PATH_MAX], *text = NULL;
     size_t bytes = 0;
+    spurion_shards *shards = NULL;
 
     memset(out, 0, sizeof *out);
     SPURION_TRY(st, spurion_path_join(path, sizeof path, dir, "config.json"));
     SPURION_TRY(st, spurion_file_read(&text, &bytes, path, SPURION_JSON_CONFIG_BYTES_MAX));
-    SPURION_TRY(st, spurion_model_config_parse(out, &head, &outputs_said, text, bytes, path));
-    look_at_head(out, &head, outputs_said, dir);
+    SPURION_TRY(st, spurion_model_config_parse(out, &outputs_said, text, bytes, path));
+    st = spurion_shards_open(&shards, dir);
+    st = st.code == SPURION_OK ? spurion_head_find(out, outputs_said, shards, dir) : spurion_ok();
 out:
+    spurion_shards_close(shards);
     free(text);
     return st;
 }

@@ -14,6 +14,26 @@
 
 typedef enum spurion_rope_scaling { SPURION_ROPE_PLAIN = 0, SPURION_ROPE_LINEAR, SPURION_ROPE_LLAMA3 } spurion_rope_scaling;
 
+#define SPURION_HEAD_LAYERS_MAX 4
+
+/* A chain of linear layers, ReLU between them (head.h). */
+typedef struct spurion_head {
+    char stem[64];                      /* of the tensors' names: score, v_head.summary, ... */
+    int hidden;                         /* layers before the last; 0: one linear layer */
+    int width[SPURION_HEAD_LAYERS_MAX]; /* of the hidden layers */
+    bool bias, hidden_bias;
+    double mean, std;                   /* reward = (score - mean) / std; 0 and 1 where nothing is normalised */
+    bool centre, rescale;               /* the same with normalizer.mean, sqrt(normalizer.var) of the file (beaver) */
+} spurion_head;
+
+/* Where the reward is read: the hidden state that the head sees (docs/verdict.md). */
+typedef enum spurion_pooling {
+    SPURION_POOL_LAST,         /* the last position */
+    SPURION_POOL_LAST_NON_PAD, /* the last position whose id is not pad_token_id, as transformers >= 4.49 */
+    SPURION_POOL_FIRST_EOS,    /* the first eos_token_id of the completion, as trlx; the last position where there is none */
+    SPURION_POOL_MEAN          /* the mean over all positions of the final norm */
+} spurion_pooling;
+
 typedef struct spurion_model_config {
     char architecture[96]; /* architectures[0] */
     int hidden, layers, heads, kv_heads, head_dim, ff; /* d, L, H, KV, hd, MLP width */
@@ -37,24 +57,25 @@ typedef struct spurion_model_config {
 
     spurion_act_kind act;
     bool gated;
-    float embed_scale;     /* 1, or sqrt(hidden) rounded as the checkpoint's dtype rounds it */
+    float embed_scale;     /* 1, or sqrt(hidden) (Gemma); the pass rounds it to its own dtype, as transformers does */
     float softcap;         /* 0: none */
     float attention_scale[SPURION_LAYERS_MAX]; /* on the scores */
     int window[SPURION_LAYERS_MAX];            /* 0: none */
 
     bool bias_q, bias_kv, bias_o, bias_mlp;
 
-    int outputs;           /* rows of the score head */
-    bool head_bias;
-    bool head_normalized;  /* reward = (score - head_mean) / head_std, switched on by the checkpoint */
-    float head_mean, head_std;
+    int outputs;           /* rows of the head's last layer */
+    spurion_head head;
+    spurion_pooling pooling;
+    bool pooling_said;     /* by the checkpoint or by the user; else it is the default */
 
     int32_t bos, pad;      /* -1: none */
     int32_t eos[SPURION_EOS_MAX];
     int eos_count;
 } spurion_model_config;
 
-/* Reads DIR/config.json as transformers 4 and 5 write it. INVALID_ARGUMENT naming key, expected and found;
+/* Reads DIR/config.json as transformers 4 and 5 write it, and finds the score head among the tensors
+ * (a checkpoint that cannot be opened is the business of spurion_weights_open). INVALID_ARGUMENT naming key, expected and found;
  * UNIMPLEMENTED for an unknown architecture, rope type or activation (the message lists the known ones). */
 spurion_status spurion_model_config_read(spurion_model_config *out, const char *dir) SPURION_MUST_USE;
 

@@ -132,21 +132,46 @@ static const spurion_family families[] = {
 
 #define FAMILY_COUNT (sizeof families / sizeof *families)
 
-/* Classes that wrap a base model and say which by model_type. */
-static const char *const wrappers[] = {"RewardModel", "LLMForSequenceRegression"};
+/* Classes that wrap a base model, by the end of their names; model_type says which one. The head's own tensors decide whether it is a
+ * reward model (trlx, TRL and LLaMA-Factory leave the language model's class name in config.json). */
+static const char *const wrappers[] = {"RewardModel", "ForSequenceClassification", "LLMForSequenceRegression", "ForScore", "ForCausalLM",
+                                       "LMHeadModel", "Model"};
+
+static bool ends_with(const char *text, const char *end)
+{
+    size_t n = strlen(text), m = strlen(end);
+
+    return n >= m && strcmp(text + n - m, end) == 0;
+}
+
+static bool wraps(const char *architecture)
+{
+    if (strstr(architecture, "Process") != NULL) { /* a process reward model scores steps, not texts */
+        return false;
+    }
+    for (size_t w = 0; w < sizeof wrappers / sizeof *wrappers; w++) {
+        if (ends_with(architecture, wrappers[w])) {
+            return true;
+        }
+    }
+    return false;
+}
 
 const spurion_family *spurion_family_find(const char *architecture, const char *model_type)
 {
+    static const char openassistant[] = "gpt_neox_reward_model";
+
+    if (strcmp(model_type, openassistant) == 0) {
+        model_type = "gpt_neox";
+    }
     for (size_t i = 0; i < FAMILY_COUNT; i++) {
         if (strcmp(families[i].architecture, architecture) == 0) {
             return &families[i];
         }
     }
-    for (size_t w = 0; w < sizeof wrappers / sizeof *wrappers; w++) {
-        for (size_t i = 0; i < FAMILY_COUNT && strcmp(architecture, wrappers[w]) == 0; i++) {
-            if (strcmp(families[i].model_type, model_type) == 0) {
-                return &families[i];
-            }
+    for (size_t i = 0; i < FAMILY_COUNT && wraps(architecture); i++) {
+        if (strcmp(families[i].model_type, model_type) == 0) {
+            return &families[i];
         }
     }
     return NULL;
@@ -160,49 +185,4 @@ void spurion_family_list(char *out, size_t bytes)
     for (size_t i = 0; i < FAMILY_COUNT && at < bytes; i++) {
         at += (size_t)snprintf(out + at, bytes - at, "%s%s", i == 0 ? "" : ", ", families[i].architecture);
     }
-}
-
-/* --- heads --- */
-
-spurion_status spurion_head_resolve(spurion_head *out, spurion_json_at config)
-{
-    spurion_status st;
-    const char *prefix = "score";
-
-    SPURION_TRY(st, spurion_json_opt_string(&prefix, config, "value_head_prefix"));
-    if (prefix[0] == '\0' || strlen(prefix) > 64) {
-        st = spurion_json_error(config, "value_head_prefix", "a name of 1 to 64 bytes", json_object_get(config.object, "value_head_prefix"));
-        goto out;
-    }
-    snprintf(out->weight, sizeof out->weight, "%s.weight", prefix);
-    snprintf(out->bias, sizeof out->bias, "%s.bias", prefix);
-out:
-    return st;
-}
-
-/* Heads of other trainers, by the tensor that tells them (formats.md 6.1): named, so that a user sees what he has. */
-static const struct {
-    const char *tensor, *word;
-} other_heads[] = {
-    {"score.0.weight", "a two-layer score head (score.0, score.2)"},
-    {"v_head.weight", "a trlx or DeepSpeed value head (v_head)"},
-    {"v_head.summary.weight", "a TRL or GRM value head (v_head.summary)"},
-    {"v_head.summary.0.weight", "a GRM value head of several layers (v_head.summary.0)"},
-    {"value_head.weight", "a value head without value_head_prefix in config.json (value_head)"},
-    {"regression_head.weight", "a regression head of UltraRM or Eurus (regression_head)"},
-    {"regression_layer.weight", "a gated multi-objective head of ArmoRM or QRM (regression_layer)"},
-    {"out_proj.weight", "an OpenAssistant head (out_proj)"},
-    {"score_head.weight", "a beaver head (score_head)"},
-    {"lm_head.weight", "a language-model head only (lm_head): this is no reward model"},
-    {"embed_out.weight", "a language-model head only (embed_out): this is no reward model"},
-};
-
-const char *spurion_head_other(bool (*has)(void *context, const char *tensor), void *context)
-{
-    for (size_t i = 0; i < sizeof other_heads / sizeof *other_heads; i++) {
-        if (has(context, other_heads[i].tensor)) {
-            return other_heads[i].word;
-        }
-    }
-    return NULL;
 }

@@ -47,25 +47,14 @@ typedef struct spurion_family {
     double softcap;                  /* default of attn_logit_softcapping */
 } spurion_family;
 
-/* The row of an architecture (architectures[0]) or, for reward-model wrappers that keep the base model's tensors (OpenRLHF's
- * RewardModel), of model_type. NULL when there is none. */
+/* The row of an architecture (architectures[0]) or, for classes that wrap a base model and keep its tensors (OpenRLHF's RewardModel,
+ * UltraRM's LlamaRewardModel, a LlamaForCausalLM with a value head), of model_type. NULL when there is none. */
 const spurion_family *spurion_family_find(const char *architecture, const char *model_type);
 /* Writes the known architectures, separated by ", ". */
 void spurion_family_list(char *out, size_t bytes);
 
-/* Score heads: one linear row read so far; which tensor holds it, and how a config.json says so. */
-#define SPURION_HEAD_NAME_BYTES 96
-typedef struct spurion_head {
-    char weight[SPURION_HEAD_NAME_BYTES], bias[SPURION_HEAD_NAME_BYTES]; /* tensor names */
-} spurion_head;
-
-/* Names the head's tensors from a config.json: `score`, or OpenRLHF's value_head_prefix. */
-spurion_status spurion_head_resolve(spurion_head *out, spurion_json_at config) SPURION_MUST_USE;
-/* A known head that stands in the file under another name, with the word on it; NULL when none does. */
-const char *spurion_head_other(bool (*has)(void *context, const char *tensor), void *context);
-
 /* The parts of spurion_model_config_read: from a text, without looking at the weights. */
-spurion_status spurion_model_config_parse(spurion_model_config *out, spurion_head *head, bool *outputs_said, const char *text,
-                                          size_t bytes, const char *name) SPURION_MUST_USE;
+spurion_status spurion_model_config_parse(spurion_model_config *out, bool *outputs_said, const char *text, size_t bytes,
+                                          const char *name) SPURION_MUST_USE;
 
 #endif

@@ -276,17 +276,67 @@ out:
     return st;
 }
 
-/* Final norm and score head of the scored rows, which stand in w->xs. */
-static spurion_status head(const spurion_run *r)
+/* w->hs (S, d) = what the head reads: the final norm of the scored rows, which stand in w->xs ... */
+static spurion_status pool_scored(const spurion_run *r)
+{
+    spurion_workspace *w = r->w;
+    const spurion_model_config *c = &r->m->config;
+
+    return r->ops->norm(r->dev, NULL, w->hs, r->d, w->stats_s, w->xs, r->d, r->m->final_w, r->m->final_b,
+                        spurion_plain_rows(r->p->scored_count, r->d), c->eps, c->norm, SPURION_OVERWRITE);
+}
+
+/* ... or its mean over all positions of each sequence. A variant's own rows stand beside those of the clean pass, which it shares. */
+static spurion_status pool_mean(const spurion_run *r)
 {
     spurion_status st;
     spurion_workspace *w = r->w;
     const spurion_model_config *c = &r->m->config;
+    float *hidden = w->hidden + (size_t)r->p->kv_row * (size_t)r->d;
+
+    SPURION_TRY(st, r->ops->norm(r->dev, NULL, hidden, r->d, w->stats_r, w->x, r->d, r->m->final_w, r->m->final_b,
+                                 spurion_plain_rows(r->p->rows, r->d), c->eps, c->norm, SPURION_OVERWRITE));
+    SPURION_TRY(st, r->ops->mean_rows(r->dev, w->hs, w->hidden, r->p->scored_seqs, r->p->scored_count, r->d));
+out:
+    return st;
+}
+
+/* Rewards of rows r0 .. r0 + n through a head of several layers. */
+static spurion_status head_layers(const spurion_run *r, int r0, int n)
+{
+    spurion_status st;
+    spurion_workspace *w = r->w;
+    const spurion_head *head = &r->m->config.head;
+    float *pre = w->head_pre;
+
+    SPURION_TRY(st, r->ops->cast(r->dev, w->head_act, r->d, w->hs + (size_t)r0 * (size_t)r->d, r->d, n, r->d));
+    for (int i = 0; i < head->hidden; i++) {
+        float *here = pre + (size_t)r0 * (size_t)head->width[i];
+
+        SPURION_TRY(st, r->ops->linear(r->dev, here, head->width[i], w->head_act, r->m->head[i], n, SPURION_OVERWRITE));
+        SPURION_TRY(st, r->ops->activation(r->dev, w->head_act, here, n, head->width[i], SPURION_ACT_RELU, 0));
+        pre += (size_t)w->scored_max * (size_t)head->width[i];
+    }
+    SPURION_TRY(st, r->ops->linear(r->dev, w->rewards + r0, 1, w->head_act, r->m->head[head->hidden], n, SPURION_OVERWRITE));
+out:
+    return st;
+}
+
+/* From the stream after the last block to w->rewards. */
+static spurion_status head(const spurion_run *r)
+{
+    spurion_status st;
+    spurion_workspace *w = r->w;
     int count = r->p->scored_count;
 
-    SPURION_TRY(st, r->ops->norm(r->dev, NULL, w->hs, r->d, w->stats_s, w->xs, r->d, r->m->final_w, r->m->final_b, spurion_plain_rows(count, r->d),
-                                 c->eps, c->norm, SPURION_OVERWRITE));
-    SPURION_TRY(st, r->ops->dot_rows(r->dev, w->rewards, w->hs, r->m->score_w, 0, count, r->d, r->m->score_b));
+    SPURION_TRY(st, r->m->config.pooling == SPURION_POOL_MEAN ? pool_mean(r) : pool_scored(r));
+    if (r->m->config.head.hidden == 0) {
+        return r->ops->dot_rows(r->dev, w->rewards, w->hs, r->m->score_w, 0, count, r->d, r->m->score_b);
+    }
+    for (int r0 = 0, n; r0 < count; r0 += n) {
+        n = spurion_chunk_rows(r, r0, count, 0);
+        SPURION_TRY(st, head_layers(r, r0, n));
+    }
 out:
     return st;
 }

@@ -1,10 +1,12 @@
 /* Loads a reward model's weights onto a device; see model.h. */
 #include "daemon/model/model.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "daemon/base/check.h"
+#include "daemon/model/head.h"
 
 /* What loading needs at hand. */
 typedef struct loader {
@@ -120,6 +122,18 @@ static uint16_t to_bf16(float x)
     return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
+/* The embedding's factor in the pass's dtype: transformers casts it to the weight's (Gemma2TextScaledWordEmbedding). */
+static float embed_scale_round(float scale, spurion_dtype dtype)
+{
+    uint32_t u;
+    if (dtype != SPURION_BF16) {
+        return scale;
+    }
+    u = (uint32_t)to_bf16(scale) << 16;
+    memcpy(&scale, &u, sizeof scale);
+    return scale;
+}
+
 static spurion_status embed_load(loader *l)
 {
     spurion_status st;
@@ -129,6 +143,7 @@ static spurion_status embed_load(loader *l)
     size_t bytes = count * spurion_dtype_bytes(dev->dtype);
 
     m->embed_dtype = dev->dtype;
+    m->config.embed_scale = embed_scale_round(m->config.embed_scale, dev->dtype);
     SPURION_TRY(st, staging_reserve(l, count));
     SPURION_TRY(st, spurion_weights_read(l->staging, l->weights, SPURION_ROLE_EMBED, 0));
     if (dev->dtype == SPURION_BF16) { /* in place: the narrow value never overtakes the wide one */
@@ -164,28 +179,115 @@ out:
     return st;
 }
 
-/* The row head_index of the score head, and its bias. */
-static spurion_status head_load(loader *l, int head_index)
+/* A head whose numbers are all one number was never trained: every text would get the same reward, or nearly. */
+static spurion_status head_check_trained(const loader *l, const float *w, size_t count)
+{
+    char name[SPURION_HEAD_NAME_BYTES];
+
+    for (size_t i = 1; i < count; i++) {
+        if (w[i] != w[0]) {
+            return spurion_ok();
+        }
+    }
+    if (count == 1) {
+        return spurion_ok();
+    }
+    spurion_head_tensor(name, &l->m->config.head, l->m->config.head.hidden, "weight");
+    return spurion_error(SPURION_INVALID_ARGUMENT, "%s: expected a trained score head, found the same number (%g) everywhere", name, (double)w[0]);
+}
+
+/* One vector of the head (outputs), or the given number where the checkpoint has none. */
+static spurion_status head_vector(float *out, const loader *l, spurion_role role, int layer, float otherwise)
+{
+    if (spurion_weights_has(l->weights, role, layer)) {
+        return spurion_weights_read(out, l->weights, role, layer);
+    }
+    for (int i = 0; i < l->m->config.outputs; i++) {
+        out[i] = otherwise;
+    }
+    return spurion_ok();
+}
+
+/* row (width) = sum_j w_j W_j / sd_j and *bias = sum_j w_j (b_j - mean_j) / sd_j: reward = <row, h> + bias, whatever the checkpoint
+ * normalises and however many outputs are weighed. W (outputs, width); vectors (3, outputs): bias, mean, variance. */
+static void head_fold(float *row, float *bias, const spurion_model_config *c, spurion_head_choice choice, const float *W, size_t width,
+                      const float *vectors)
+{
+    size_t n = (size_t)c->outputs;
+    double b = 0;
+
+    for (size_t k = 0; k < width; k++) {
+        double sum = 0;
+        for (size_t j = 0; j < n; j++) {
+            double weight = choice.weights ? choice.weights[j] : j == (size_t)choice.index;
+            double sd = c->head.std * (c->head.rescale ? sqrt((double)vectors[2 * n + j]) : 1);
+            sum += weight == 0 ? 0 : weight * (double)W[j * width + k] / sd;
+        }
+        row[k] = (float)sum;
+    }
+    for (size_t j = 0; j < n; j++) {
+        double weight = choice.weights ? choice.weights[j] : j == (size_t)choice.index;
+        double sd = c->head.rescale ? sqrt((double)vectors[2 * n + j]) : 1;
+        double raw = ((double)vectors[j] - (c->head.centre ? (double)vectors[n + j] : 0)) / sd;
+        b += weight == 0 ? 0 : weight * (raw - c->head.mean) / c->head.std;
+    }
+    *bias = (float)b;
+}
+
+/* Hidden layer l of the head. */
+static spurion_status head_hidden_load(loader *l, int i, int columns)
 {
     spurion_status st;
     spurion_model *m = l->m;
     spurion_dev *dev = m->dev;
-    size_t d = (size_t)m->config.hidden, count = d * (size_t)m->config.outputs;
+    size_t rows = (size_t)m->config.head.width[i], count = rows * (size_t)columns;
+    float *bias = NULL;
 
-    SPURION_ASSERT(head_index >= 0 && head_index < m->config.outputs);
-    SPURION_TRY(st, staging_reserve(l, count + (size_t)m->config.outputs));
-    SPURION_TRY(st, spurion_weights_read(l->staging, l->weights, SPURION_ROLE_SCORE, 0));
-    SPURION_TRY(st, dev->ops->alloc(dev, (void **)&m->score_w, d * sizeof(float)));
-    SPURION_TRY(st, dev->ops->upload(dev, m->score_w, l->staging + d * (size_t)head_index, d * sizeof(float)));
-    for (size_t i = 0; m->config.head_normalized && i < d; i++) {
-        l->staging[d * (size_t)head_index + i] /= m->config.head_std;
+    SPURION_TRY(st, staging_reserve(l, count + rows));
+    SPURION_TRY(st, spurion_weights_read(l->staging, l->weights, SPURION_ROLE_SCORE, i));
+    if (spurion_weights_has(l->weights, SPURION_ROLE_SCORE_B, i)) {
+        bias = l->staging + count;
+        SPURION_TRY(st, spurion_weights_read(bias, l->weights, SPURION_ROLE_SCORE_B, i));
     }
-    SPURION_TRY(st, dev->ops->alloc(dev, (void **)&m->score_g, d * sizeof(float)));
-    SPURION_TRY(st, dev->ops->upload(dev, m->score_g, l->staging + d * (size_t)head_index, d * sizeof(float)));
-    if (spurion_weights_has(l->weights, SPURION_ROLE_SCORE_B, 0)) {
-        SPURION_TRY(st, spurion_weights_read(l->staging + count, l->weights, SPURION_ROLE_SCORE_B, 0));
-        m->score_b = l->staging[count + (size_t)head_index];
+    SPURION_TRY(st, dev->ops->matrix_create(dev, &m->head[i], l->staging, bias, (int)rows, columns, SPURION_FORWARD | SPURION_BACKWARD, dev->dtype));
+    m->bytes += dev->ops->matrix_bytes(dev, (int)rows, columns, SPURION_FORWARD | SPURION_BACKWARD, dev->dtype);
+out:
+    return st;
+}
+
+/* The score head: hidden layers, and the last one folded to a single row. */
+static spurion_status head_load(loader *l, spurion_head_choice choice)
+{
+    spurion_status st;
+    spurion_model *m = l->m;
+    spurion_dev *dev = m->dev;
+    int hidden = m->config.head.hidden, width = m->config.hidden;
+    size_t n = (size_t)m->config.outputs, count;
+    float *vectors, *row;
+
+    SPURION_ASSERT(choice.weights || (choice.index >= 0 && choice.index < m->config.outputs));
+    for (int i = 0; i < hidden; i++) {
+        SPURION_TRY(st, head_hidden_load(l, i, width));
+        width = m->config.head.width[i];
     }
+    count = n * (size_t)width;
+    SPURION_TRY(st, staging_reserve(l, count + 3 * n + (size_t)width));
+    vectors = l->staging + count;
+    row = vectors + 3 * n;
+    SPURION_TRY(st, spurion_weights_read(l->staging, l->weights, SPURION_ROLE_SCORE, hidden));
+    SPURION_TRY(st, head_check_trained(l, l->staging, count));
+    SPURION_TRY(st, head_vector(vectors, l, SPURION_ROLE_SCORE_B, hidden, 0));
+    SPURION_TRY(st, head_vector(vectors + n, l, SPURION_ROLE_SCORE_MEAN, 0, 0));
+    SPURION_TRY(st, head_vector(vectors + 2 * n, l, SPURION_ROLE_SCORE_VAR, 0, 1));
+    head_fold(row, &m->score_b, &m->config, choice, l->staging, (size_t)width, vectors);
+    SPURION_TRY(st, spurion_check_finite(row, (size_t)width, "the score head after its normalisation", m->config.architecture));
+    SPURION_TRY(st, dev->ops->alloc(dev, (void **)&m->score_w, (size_t)width * sizeof(float)));
+    SPURION_TRY(st, dev->ops->upload(dev, m->score_w, row, (size_t)width * sizeof(float)));
+    if (hidden) {
+        SPURION_TRY(st, dev->ops->matrix_create(dev, &m->head[hidden], row, &m->score_b, 1, width, SPURION_FORWARD, dev->dtype));
+        m->bytes += dev->ops->matrix_bytes(dev, 1, width, SPURION_FORWARD, dev->dtype);
+    }
+    m->bytes += (size_t)width * sizeof(float);
     SPURION_TRY(st, vector_load(&m->final_w, l, SPURION_ROLE_FINAL_W, 0));
     SPURION_TRY(st, vector_load(&m->final_b, l, SPURION_ROLE_FINAL_B, 0));
 out:
@@ -193,7 +295,7 @@ out:
 }
 
 spurion_status spurion_model_load(spurion_model **out, spurion_dev *dev, const spurion_model_config *config, spurion_weights *weights,
-                                  int positions, int backward_from, int head_index)
+                                  int positions, int backward_from, spurion_head_choice choice)
 {
     spurion_status st;
     loader l = {.weights = weights, .backward_from = backward_from};
@@ -213,7 +315,7 @@ spurion_status spurion_model_load(spurion_model **out, spurion_dev *dev, const s
     for (int i = 0; i < config->layers; i++) {
         SPURION_TRY(st, layer_load(&l, i));
     }
-    SPURION_TRY(st, head_load(&l, head_index));
+    SPURION_TRY(st, head_load(&l, choice));
     *out = l.m;
     l.m = NULL;
 out:
@@ -239,24 +341,21 @@ void spurion_model_destroy(spurion_model *m)
         }
     }
     if (m->dev) {
-        void *blocks[] = {m->embed, m->position_table, m->rope, m->final_w, m->final_b, m->score_w, m->score_g};
+        void *blocks[] = {m->embed, m->position_table, m->rope, m->final_w, m->final_b, m->score_w};
         for (size_t v = 0; v < sizeof blocks / sizeof *blocks; v++) {
             m->dev->ops->free(m->dev, blocks[v]);
+        }
+        for (int i = 0; i <= SPURION_HEAD_LAYERS_MAX; i++) {
+            m->dev->ops->matrix_destroy(m->dev, m->head[i]);
         }
     }
     free(m->layers);
     free(m);
 }
 
-float spurion_model_reward(const spurion_model *m, float raw)
-{
-    const spurion_model_config *c = &m->config;
-    return c->head_normalized ? (raw - c->head_mean) / c->head_std : raw;
-}
-
 bool spurion_model_prunable(const spurion_model *m, const bool *hook_points)
 {
     int last = 4 * (m->config.layers - 1);
-    return !hook_points[last + SPURION_SITE_ATTN] && !hook_points[last + SPURION_SITE_MID] && !hook_points[last + SPURION_SITE_MLP] &&
+    return m->config.pooling != SPURION_POOL_MEAN && !hook_points[last + SPURION_SITE_ATTN] && !hook_points[last + SPURION_SITE_MID] && !hook_points[last + SPURION_SITE_MLP] &&
            !hook_points[last + 4];
 }

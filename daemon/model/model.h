@@ -32,18 +32,24 @@ typedef struct spurion_model {
     float *position_table; /* (context, d) or NULL */
     float *rope;           /* (positions, rot / 2, 2) or NULL */
     float *final_w, *final_b; /* (d) */
-    float *score_w;        /* (1, d): the chosen row of the head */
-    float *score_g;        /* (1, d): its gradient: score_w, over head_std where the checkpoint normalises */
+    spurion_matrix *head[SPURION_HEAD_LAYERS_MAX + 1]; /* hidden layers (width, d or width), then the last (1, width); none when linear */
+    float *score_w;        /* (1, d or width): last layer: outputs weighted, normalisation folded in */
     float score_b;
     spurion_layer *layers;
     int vocab;
     size_t bytes;          /* device memory of all weights */
 } spurion_model;
 
+/* Which of a head's outputs is the reward. */
+typedef struct spurion_head_choice {
+    int index;             /* this one */
+    const double *weights; /* (outputs): or their weighted sum; NULL: none */
+} spurion_head_choice;
+
 /* Loads DIR's weights. positions: longest sequence. backward_from: blocks at or above it are prepared for the backward pass
- * (config->layers: none). head_index: row of the score head. */
+ * (config->layers: none). INVALID_ARGUMENT for a head whose numbers are all the same: nobody trained it. */
 spurion_status spurion_model_load(spurion_model **out, spurion_dev *dev, const spurion_model_config *config, spurion_weights *weights,
-                                  int positions, int backward_from, int head_index) SPURION_MUST_USE;
+                                  int positions, int backward_from, spurion_head_choice choice) SPURION_MUST_USE;
 void spurion_model_destroy(spurion_model *m);
 
 /* Points of the residual stream where an SAE may read, in the order in which a pass meets them: 4 * layer + site.
@@ -91,8 +97,12 @@ typedef struct spurion_workspace {
     float *d_attention;     /* (R, H hd) */
     float *dq;              /* (R, H hd) */
     float *dkv;             /* (R, 2 KV hd) */
-    float *xs, *dxs, *hs;   /* (S, d): scored rows, their gradient, final norm */
+    float *xs, *dxs, *hs;   /* (S, d): scored rows, their gradient, what the head reads (and its gradient) */
     float *stats_s;         /* (S, 2) */
+    float *hidden, *stats_r; /* (K, d), (R, 2): final norm of every row, with mean pooling; rows as keys and values */
+    float *head_pre;        /* (S, sum of widths): the head's hidden layers before ReLU, layer after layer */
+    void *head_act;         /* (chunk, widest) act */
+    float *head_d, *head_d2; /* (chunk, widest) */
     float *rewards;         /* (S) */
     int32_t *positions, *ids; /* (R) */
     int32_t *scored, *scored_positions, *zeros; /* (S) */
@@ -111,7 +121,7 @@ typedef struct spurion_pass {
     int scored_count;            /* w->scored (device) holds the scored rows, w->scored_positions their positions */
     bool save;                   /* keep what the backward pass needs from block save_from on */
     int save_from;
-    bool prune_last;             /* the last block works on scored rows only */
+    bool prune_last;             /* the last block works on scored rows only; never with mean pooling */
     spurion_hook_fn hook;        /* or NULL */
     void *hook_context;
     const bool *hook_points;     /* (4 * layers + 1): where hook is called */
@@ -128,8 +138,5 @@ spurion_status spurion_model_backward(const spurion_model *m, spurion_workspace 
 
 /* Whether the last block may be pruned to scored rows when hooks stand at the given points. */
 bool spurion_model_prunable(const spurion_model *m, const bool *hook_points);
-
-/* Head to reward: reward = raw, or (raw - mean) / std where the checkpoint says so. */
-float spurion_model_reward(const spurion_model *m, float raw);
 
 #endif

@@ -70,11 +70,34 @@ static void kept_make(spurion_workspace *w, cursor *kept, const spurion_plan_inp
             w->v[l] = v;
         }
     }
+    w->hidden = c->pooling == SPURION_POOL_MEAN ? take(kept, rows * (size_t)c->hidden, 4) : NULL;
     if (in->gradients) {
         for (int l = w->first_kept; l < c->layers; l++) {
             saved_make(w->saved ? &w->saved[l] : NULL, kept, in, (size_t)in->rows);
         }
         saved_make(&w->last, kept, in, (size_t)w->scored_max);
+    }
+}
+
+/* Of a head of several layers, and of mean pooling. */
+static void head_make(spurion_workspace *w, cursor *s, const spurion_plan_input *in)
+{
+    const spurion_model_config *c = in->config;
+    size_t sum = 0, widest = (size_t)c->hidden;
+
+    for (int i = 0; i < c->head.hidden; i++) {
+        size_t width = (size_t)c->head.width[i];
+        sum += width;
+        widest = width > widest ? width : widest;
+    }
+    if (sum) {
+        w->head_pre = take(s, (size_t)w->scored_max * sum, 4);
+        w->head_act = take(s, (size_t)w->chunk * widest, spurion_dtype_bytes(in->dtype));
+        w->head_d = take(s, (size_t)w->chunk * widest, 4);
+        w->head_d2 = take(s, (size_t)w->chunk * widest, 4);
+    }
+    if (c->pooling == SPURION_POOL_MEAN) {
+        w->stats_r = take(s, (size_t)in->rows * 2, 4);
     }
 }
 
@@ -116,6 +139,7 @@ static void scratch_make(spurion_workspace *w, cursor *s, const spurion_plan_inp
     w->scored = take(s, scored, 4);
     w->scored_positions = take(s, scored, 4);
     w->zeros = take(s, scored, 4);
+    head_make(w, s, in);
 }
 
 spurion_plan spurion_plan_make(spurion_workspace *w, const spurion_plan_input *in, void *kept, void *scratch)

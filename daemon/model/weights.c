@@ -9,6 +9,7 @@
 #include "daemon/base/json.h"
 #include "daemon/base/sha256.h"
 #include "daemon/model/families.h"
+#include "daemon/model/head.h"
 #include "daemon/model/safetensors.h"
 
 #define NAME_BYTES 192
@@ -16,7 +17,7 @@
 struct spurion_weights {
     spurion_model_config config;
     const spurion_family *family;
-    spurion_head head;
+    char prefix[64]; /* what stands before the base model's names in this file */
     spurion_shards *shards;
     int vocab;
     float *stage; /* one stored tensor */
@@ -27,46 +28,64 @@ struct spurion_weights {
 
 typedef struct role_shape {
     int64_t rows, columns; /* canonical; columns 0: a vector */
-    bool per_layer, wanted;
+    int layers;            /* how many of it: blocks, layers of the head, or 1 */
+    bool wanted;
 } role_shape;
 
-static role_shape role_shape_of(const spurion_model_config *c, spurion_role role)
+static role_shape head_shape(const spurion_model_config *c, spurion_role role, int layer)
+{
+    const spurion_head *h = &c->head;
+    const bool last = layer >= h->hidden;
+    const int64_t rows = last ? c->outputs : h->width[layer], columns = layer > 0 && layer <= h->hidden ? h->width[layer - 1] : c->hidden;
+
+    switch (role) {
+    case SPURION_ROLE_SCORE: return (role_shape){rows, columns, h->hidden + 1, true};
+    case SPURION_ROLE_SCORE_B: return (role_shape){rows, 0, h->hidden + 1, last ? h->bias : h->hidden_bias};
+    case SPURION_ROLE_SCORE_MEAN: return (role_shape){c->outputs, 0, 1, h->centre};
+    default: return (role_shape){c->outputs, 0, 1, h->rescale};
+    }
+}
+
+static role_shape role_shape_of(const spurion_model_config *c, spurion_role role, int layer)
 {
     const bool layer_norm = c->norm == SPURION_NORM_LAYER;
+    const int n = c->layers;
     const int64_t d = c->hidden, q = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim, ff = c->ff;
 
     switch (role) {
-    case SPURION_ROLE_EMBED: return (role_shape){c->vocab, d, false, true};
-    case SPURION_ROLE_POSITION: return (role_shape){c->context, d, false, c->position_table};
-    case SPURION_ROLE_NORM1_W: return (role_shape){d, 0, true, true};
-    case SPURION_ROLE_NORM1_B: return (role_shape){d, 0, true, layer_norm};
-    case SPURION_ROLE_NORM2_W: return (role_shape){d, 0, true, !c->shared_norm};
-    case SPURION_ROLE_NORM2_B: return (role_shape){d, 0, true, layer_norm && !c->shared_norm};
+    case SPURION_ROLE_EMBED: return (role_shape){c->vocab, d, 1, true};
+    case SPURION_ROLE_POSITION: return (role_shape){c->context, d, 1, c->position_table};
+    case SPURION_ROLE_NORM1_W: return (role_shape){d, 0, n, true};
+    case SPURION_ROLE_NORM1_B: return (role_shape){d, 0, n, layer_norm};
+    case SPURION_ROLE_NORM2_W: return (role_shape){d, 0, n, !c->shared_norm};
+    case SPURION_ROLE_NORM2_B: return (role_shape){d, 0, n, layer_norm && !c->shared_norm};
     case SPURION_ROLE_POST_ATTENTION_W:
-    case SPURION_ROLE_POST_MLP_W: return (role_shape){d, 0, true, c->post_norms};
-    case SPURION_ROLE_Q: return (role_shape){q, d, true, true};
-    case SPURION_ROLE_Q_B: return (role_shape){q, 0, true, c->bias_q};
+    case SPURION_ROLE_POST_MLP_W: return (role_shape){d, 0, n, c->post_norms};
+    case SPURION_ROLE_Q: return (role_shape){q, d, n, true};
+    case SPURION_ROLE_Q_B: return (role_shape){q, 0, n, c->bias_q};
     case SPURION_ROLE_K:
-    case SPURION_ROLE_V: return (role_shape){kv, d, true, true};
+    case SPURION_ROLE_V: return (role_shape){kv, d, n, true};
     case SPURION_ROLE_K_B:
-    case SPURION_ROLE_V_B: return (role_shape){kv, 0, true, c->bias_kv};
-    case SPURION_ROLE_O: return (role_shape){d, q, true, true};
-    case SPURION_ROLE_O_B: return (role_shape){d, 0, true, c->bias_o};
+    case SPURION_ROLE_V_B: return (role_shape){kv, 0, n, c->bias_kv};
+    case SPURION_ROLE_O: return (role_shape){d, q, n, true};
+    case SPURION_ROLE_O_B: return (role_shape){d, 0, n, c->bias_o};
     case SPURION_ROLE_Q_NORM:
-    case SPURION_ROLE_K_NORM: return (role_shape){c->head_dim, 0, true, c->qk_norm};
-    case SPURION_ROLE_GATE: return (role_shape){ff, d, true, c->gated};
-    case SPURION_ROLE_UP: return (role_shape){ff, d, true, true};
-    case SPURION_ROLE_GATE_B: return (role_shape){ff, 0, true, c->gated && c->bias_mlp};
-    case SPURION_ROLE_UP_B: return (role_shape){ff, 0, true, c->bias_mlp};
-    case SPURION_ROLE_DOWN: return (role_shape){d, ff, true, true};
-    case SPURION_ROLE_DOWN_B: return (role_shape){d, 0, true, c->bias_mlp};
-    case SPURION_ROLE_FINAL_W: return (role_shape){d, 0, false, true};
-    case SPURION_ROLE_FINAL_B: return (role_shape){d, 0, false, layer_norm};
-    case SPURION_ROLE_SCORE: return (role_shape){c->outputs, d, false, true};
-    case SPURION_ROLE_SCORE_B: return (role_shape){c->outputs, 0, false, c->head_bias};
+    case SPURION_ROLE_K_NORM: return (role_shape){c->head_dim, 0, n, c->qk_norm};
+    case SPURION_ROLE_GATE: return (role_shape){ff, d, n, c->gated};
+    case SPURION_ROLE_UP: return (role_shape){ff, d, n, true};
+    case SPURION_ROLE_GATE_B: return (role_shape){ff, 0, n, c->gated && c->bias_mlp};
+    case SPURION_ROLE_UP_B: return (role_shape){ff, 0, n, c->bias_mlp};
+    case SPURION_ROLE_DOWN: return (role_shape){d, ff, n, true};
+    case SPURION_ROLE_DOWN_B: return (role_shape){d, 0, n, c->bias_mlp};
+    case SPURION_ROLE_FINAL_W: return (role_shape){d, 0, 1, true};
+    case SPURION_ROLE_FINAL_B: return (role_shape){d, 0, 1, layer_norm};
+    case SPURION_ROLE_SCORE:
+    case SPURION_ROLE_SCORE_B:
+    case SPURION_ROLE_SCORE_MEAN:
+    case SPURION_ROLE_SCORE_VAR: return head_shape(c, role, layer);
     case SPURION_ROLE_COUNT: break;
     }
-    return (role_shape){0, 0, false, false};
+    return (role_shape){0, 0, 0, false};
 }
 
 /* --- how a family stores it --- */
@@ -104,51 +123,48 @@ static void tensor_name(char *out, const char *prefix, const char *pattern, int 
     }
 }
 
-/* The stored tensor of a role, with or without the family's prefix; NULL when the file has none. name: what it should be called. */
+/* The stored tensor of a role; NULL when the file has none. name: what it should be called. */
 static const spurion_tensor_info *find_tensor(const spurion_safetensors **file, char *name, const spurion_weights *w, spurion_role role,
                                               int layer)
 {
     const char *pattern = w->family->names[role];
-    const spurion_tensor_info *t;
-    char bare[NAME_BYTES];
 
     *file = NULL;
     if (role == SPURION_ROLE_SCORE || role == SPURION_ROLE_SCORE_B) {
-        snprintf(name, NAME_BYTES, "%s", role == SPURION_ROLE_SCORE ? w->head.weight : w->head.bias);
-        return spurion_shards_find(file, w->shards, name);
-    }
-    if (pattern == NULL) {
+        spurion_head_tensor(name, &w->config.head, layer, role == SPURION_ROLE_SCORE ? "weight" : "bias");
+    } else if (role == SPURION_ROLE_SCORE_MEAN || role == SPURION_ROLE_SCORE_VAR) {
+        snprintf(name, NAME_BYTES, "normalizer.%s", role == SPURION_ROLE_SCORE_MEAN ? "mean" : "var");
+    } else if (pattern == NULL) {
         name[0] = '\0';
         return NULL;
+    } else {
+        tensor_name(name, w->prefix, pattern, layer);
     }
-    tensor_name(name, w->family->prefix, pattern, layer);
-    t = spurion_shards_find(file, w->shards, name);
-    if (t == NULL) {
-        tensor_name(bare, "", pattern, layer);
-        t = spurion_shards_find(file, w->shards, bare);
+    return spurion_shards_find(file, w->shards, name);
+}
+
+/* What stands before the base model's names: the family's own prefix; nothing, in files of the base model; a wrapper's attribute
+ * (TRL and GRM keep the language model whole, trlx and DeepSpeed call the base model transformer). Found by the embedding. */
+static void find_prefix(spurion_weights *w)
+{
+    static const char *const wrapped[] = {"%s", "", "model.%s", "pretrained_model.%s", "transformer.", "rwtransformer."};
+    const spurion_safetensors *file;
+    char name[NAME_BYTES];
+
+    for (size_t i = 0; i < sizeof wrapped / sizeof *wrapped; i++) {
+        const char *hole = strchr(wrapped[i], '%');
+
+        snprintf(w->prefix, sizeof w->prefix, "%.*s%s", (int)(hole ? hole - wrapped[i] : (long)strlen(wrapped[i])), wrapped[i],
+                 hole ? w->family->prefix : "");
+        tensor_name(name, w->prefix, w->family->names[SPURION_ROLE_EMBED], 0);
+        if (spurion_shards_find(&file, w->shards, name) != NULL) {
+            return;
+        }
     }
-    return t;
+    snprintf(w->prefix, sizeof w->prefix, "%s", w->family->prefix); /* for the message */
 }
 
 /* --- opening --- */
-
-static bool has_tensor(void *context, const char *tensor)
-{
-    const spurion_safetensors *file;
-
-    return spurion_shards_find(&file, context, tensor) != NULL;
-}
-
-static spurion_status missing(const spurion_weights *w, spurion_role role, const char *name, const char *dir)
-{
-    const char *other = role == SPURION_ROLE_SCORE ? spurion_head_other(has_tensor, w->shards) : NULL;
-
-    if (role == SPURION_ROLE_SCORE) {
-        return spurion_error(SPURION_INVALID_ARGUMENT, "%s: missing score head: expected the tensor %s of shape (%d, %d), found %s",
-                             spurion_path_tail(dir), name, w->config.outputs, w->config.hidden, other != NULL ? other : "none");
-    }
-    return spurion_error(SPURION_INVALID_ARGUMENT, "%s: expected the tensor %s, found none", spurion_path_tail(dir), name);
-}
 
 static spurion_status check_shape(const spurion_weights *w, spurion_role role, role_shape s, const spurion_tensor_info *t,
                                   const spurion_safetensors *file)
@@ -185,7 +201,7 @@ static spurion_status check_role(spurion_weights *w, spurion_role role, int laye
     const spurion_tensor_info *t = find_tensor(&file, name, w, role, layer);
 
     if (t == NULL) {
-        return missing(w, role, name, dir);
+        return spurion_error(SPURION_INVALID_ARGUMENT, "%s: expected the tensor %s, found none", spurion_path_tail(dir), name);
     }
     if (!readable(t->dtype)) {
         return spurion_error(SPURION_UNIMPLEMENTED, "%s: %s: expected dtype F32, F16, BF16 or F64, found %s",
@@ -205,31 +221,16 @@ static spurion_status check_all(spurion_weights *w, const char *dir)
 {
     spurion_status st = spurion_ok();
 
-    /* the head first: what stands without one is no reward model, and its user should read that */
-    SPURION_TRY(st, check_role(w, SPURION_ROLE_SCORE, 0, role_shape_of(&w->config, SPURION_ROLE_SCORE), dir));
     for (int r = 0; r < SPURION_ROLE_COUNT; r++) {
-        role_shape s = role_shape_of(&w->config, (spurion_role)r);
-        int layers = s.per_layer ? w->config.layers : 1;
+        for (int l = 0; l < role_shape_of(&w->config, (spurion_role)r, 0).layers; l++) {
+            role_shape s = role_shape_of(&w->config, (spurion_role)r, l);
 
-        for (int l = 0; s.wanted && l < layers; l++) {
-            SPURION_TRY(st, check_role(w, (spurion_role)r, l, s, dir));
+            if (s.wanted) {
+                SPURION_TRY(st, check_role(w, (spurion_role)r, l, s, dir));
+            }
         }
     }
 out:
-    return st;
-}
-
-static spurion_status read_head_names(spurion_head *out, const char *dir)
-{
-    spurion_status st;
-    char path[PATH_MAX];
-    json_t *root = NULL;
-
-    SPURION_TRY(st, spurion_path_join(path, sizeof path, dir, "config.json"));
-    SPURION_TRY(st, spurion_json_read(&root, path, SPURION_JSON_CONFIG_BYTES_MAX));
-    SPURION_TRY(st, spurion_head_resolve(out, (spurion_json_at){root, path}));
-out:
-    json_decref(root);
     return st;
 }
 
@@ -245,8 +246,8 @@ spurion_status spurion_weights_open(spurion_weights **out, const char *dir, cons
     w->config = *config;
     w->family = spurion_family_find(config->architecture, "");
     SPURION_ASSERT(w->family != NULL);
-    SPURION_TRY(st, read_head_names(&w->head, dir));
     SPURION_TRY(st, spurion_shards_open(&w->shards, dir));
+    find_prefix(w);
     SPURION_TRY(st, check_all(w, dir));
     *out = w;
     w = NULL;
@@ -272,14 +273,14 @@ int spurion_weights_vocab(const spurion_weights *w)
 
 bool spurion_weights_has(const spurion_weights *w, spurion_role role, int layer)
 {
-    role_shape s = role_shape_of(&w->config, role);
+    role_shape s = role_shape_of(&w->config, role, layer);
 
-    return s.wanted && (!s.per_layer || (layer >= 0 && layer < w->config.layers));
+    return s.wanted && layer >= 0 && layer < s.layers;
 }
 
 size_t spurion_weights_elements(const spurion_weights *w, spurion_role role, int layer)
 {
-    role_shape s = role_shape_of(&w->config, role);
+    role_shape s = role_shape_of(&w->config, role, layer);
 
     if (!spurion_weights_has(w, role, layer)) {
         return 0;
@@ -342,7 +343,7 @@ spurion_status spurion_weights_read(float *out, spurion_weights *w, spurion_role
     SPURION_ASSERT(t != NULL && elements > 0); /* asked for what spurion_weights_has denies */
     if (is_fused(w, role) || is_transposed(w, role)) {
         SPURION_TRY(st, read_stage(w, file, t));
-        unpack(out, w, role, role_shape_of(&w->config, role));
+        unpack(out, w, role, role_shape_of(&w->config, role, layer));
     } else {
         SPURION_TRY(st, spurion_safetensors_read(out, file, t, 0, t->elements));
     }

@@ -25,7 +25,8 @@ typedef enum spurion_role {
     SPURION_ROLE_GATE_B, SPURION_ROLE_UP_B,
     SPURION_ROLE_DOWN, SPURION_ROLE_DOWN_B, /* (d, ff), (d) */
     SPURION_ROLE_FINAL_W, SPURION_ROLE_FINAL_B, /* (d) */
-    SPURION_ROLE_SCORE, SPURION_ROLE_SCORE_B,   /* (outputs, d), (outputs) */
+    SPURION_ROLE_SCORE, SPURION_ROLE_SCORE_B,   /* the head, its layers in the place of `layer`: (width or outputs, d or width) */
+    SPURION_ROLE_SCORE_MEAN, SPURION_ROLE_SCORE_VAR, /* (outputs) beaver's normaliser */
     SPURION_ROLE_COUNT
 } spurion_role;
 
@@ -39,7 +40,7 @@ void spurion_weights_close(spurion_weights *w);
 /* Rows of the embedding tensor: ids must be below. */
 int spurion_weights_vocab(const spurion_weights *w);
 bool spurion_weights_has(const spurion_weights *w, spurion_role role, int layer);
-/* Elements of a role's tensor in canonical form. */
+/* Elements of a role's tensor in canonical form. layer: of the block, or of the head. */
 size_t spurion_weights_elements(const spurion_weights *w, spurion_role role, int layer);
 
 /* Reads one tensor as f32, row-major [out, in] (Conv1D transposed, fused QKV split, Gemma's 1 added), into out (elements).

@@ -11,14 +11,13 @@
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     spurion_model_config c;
-    spurion_head head;
     bool said = false;
     spurion_status st;
 
     if (size > INPUT_MAX) {
         return 0;
     }
-    st = spurion_model_config_parse(&c, &head, &said, (const char *)data, size, "fuzz");
+    st = spurion_model_config_parse(&c, &said, (const char *)data, size, "fuzz");
     SPURION_ASSERT(st.code == SPURION_OK || st.message[0] != '\0');
     if (st.code == SPURION_OK) {
         float table[8 * 2];

@@ -40,6 +40,32 @@ def llama(d, layers, heads, kv, head_dim, ff, **more):
             "num_labels": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, **more}
 
 
+def gpt2(d, layers, heads, **more):
+    return {"n_embd": d, "n_layer": layers, "n_head": heads, "n_positions": 256, "bos_token_id": 0, "eos_token_id": 0,
+            "pad_token_id": None, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "num_labels": 1, **more}
+
+
+def neox(d, layers, heads, ff, pct, **more):
+    return {"hidden_size": d, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": ff,
+            "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None, "classifier_dropout": 0.0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": pct}, "num_labels": 1, **more}
+
+
+def gemma2(d, layers, heads, kv, head_dim, ff, **more):
+    """Soft cap, scale and window small enough to matter on short texts."""
+    return {**llama(d, layers, heads, kv, head_dim, ff), "query_pre_attn_scalar": 20, "attn_logit_softcapping": 3.0,
+            "sliding_window": 9, "pad_token_id": 1, **more}
+
+
+def every_hook(layer, parallel=False):
+    """One SAE at every kind of hook of two neighbouring blocks."""
+    sites = [("pre", layer, "resid_pre", "standard", {}), ("attn", layer, "attn_out", "jumprelu", {}),
+             ("mlp", layer, "mlp_out", "gated", {}), ("post", layer + 1, "resid_post", "topk", {"k": 21})]
+    if not parallel:
+        sites.append(("mid", layer + 1, "resid_mid", "jumprelu", {}))
+    return [lens(id, arch, f"blocks.{at}.hook_{kind}", m=220, l0=18, **cfg) for id, at, kind, arch, cfg in sites]
+
+
 def lens(id, arch, hook, m=300, l0=25, **cfg):
     return {"id": id, "kind": "lens", "arch": arch, "hook": hook, "m": m, "l0": l0, "cfg": cfg}
 
@@ -106,6 +132,45 @@ CASES = {
     "gptj-bf16": {
         "family": "gptj", "model": gptj(160, 4, 4, 20), "dtype": "bf16", "weights": "f32", "template": "hh",
         "rules": RULES, "saes": [dictl("gated", "GatedAutoEncoder", 1), lens("top", "topk", "blocks.2.hook_resid_post", k=20)]},
+    "gpt2": {
+        "family": "gpt2", "model": gpt2(76, 4, 4, n_inner=200, scale_attn_by_inverse_layer_idx=True), "rules": RULES, "tokens": True,
+        "attribution": {"completeness": True}, "saes": every_hook(1)},
+    "gpt2-bf16": {
+        "family": "gpt2", "model": gpt2(120, 4, 5), "dtype": "bf16", "v4": True, "rules": RULES, "saes": every_hook(1)},
+    "neox-parallel": {
+        "family": "neox", "model": neox(96, 4, 4, 250, 0.25), "rules": RULES, "tokens": True, "saes": every_hook(1, parallel=True)},
+    "neox-serial": {
+        "family": "neox", "model": neox(90, 4, 3, 176, 0.4, use_parallel_residual=False, attention_bias=False), "v4": True,
+        "rules": RULES, "attribution": {"method": "ig", "ig_steps": 3, "completeness": True}, "saes": every_hook(2)},
+    "neox-parallel-bf16": {
+        "family": "neox", "model": neox(128, 4, 4, 300, 0.25), "dtype": "bf16", "v4": True, "rules": RULES,
+        "saes": every_hook(1, parallel=True)},
+    "neox-serial-bf16": {
+        "family": "neox", "model": neox(96, 3, 3, 200, 0.5, use_parallel_residual=False), "dtype": "bf16", "rules": RULES,
+        "saes": every_hook(0)},
+    "mistral": {
+        "family": "mistral", "model": llama(80, 4, 4, 2, 24, 150, sliding_window=11), "rules": RULES, "tokens": True,
+        "saes": every_hook(1)},
+    "mistral-bf16": {
+        "family": "mistral", "model": llama(128, 4, 4, 2, 32, 220, sliding_window=11), "dtype": "bf16", "v4": True, "rules": RULES,
+        "saes": every_hook(1)},
+    "qwen2": {
+        "family": "qwen2", "model": llama(84, 4, 6, 3, 16, 140, use_sliding_window=True, sliding_window=10, max_window_layers=2),
+        "v4": True, "rules": RULES, "tokens": True, "saes": every_hook(2)},
+    "qwen2-bf16": {
+        "family": "qwen2", "model": llama(128, 3, 4, 2, 32, 220), "dtype": "bf16", "rules": RULES, "saes": every_hook(0)},
+    "qwen3": {
+        "family": "qwen3", "model": llama(88, 4, 4, 2, 32, 130), "rules": RULES, "tokens": True, "saes": every_hook(1)},
+    "qwen3-bf16": {
+        "family": "qwen3", "model": llama(128, 4, 4, 1, 48, 220), "dtype": "bf16", "v4": True, "rules": RULES, "saes": every_hook(1)},
+    "gemma2": {
+        "family": "gemma2", "model": gemma2(72, 4, 4, 2, 24, 144), "rules": RULES, "tokens": True, "append_eos": True,
+        "attribution": {"method": "ig", "ig_steps": 3, "completeness": True}, "each": True, "saes": every_hook(1)},
+    "gemma2-v4": {
+        "family": "gemma2", "model": gemma2(64, 3, 2, 1, 40, 100, attn_logit_softcapping=50.0, query_pre_attn_scalar=40), "v4": True,
+        "rules": RULES, "attribution": {"completeness": True}, "saes": every_hook(1)},
+    "gemma2-bf16": {
+        "family": "gemma2", "model": gemma2(140, 4, 4, 2, 32, 260), "dtype": "bf16", "rules": RULES, "saes": every_hook(1)},
     "small-gptj": {
         "family": "gptj", "model": gptj(40, 3, 5, 4), "vocab": 420, "template": "hh", "rules": RULES, "tokens": True,
         "sizes": [1, 4, 3, 3], "attribution": {"method": "ig", "completeness": True, "ig_steps": 3, "top": 8}, "each": True,
@@ -141,7 +206,7 @@ def write_config(folder: Path, spec: dict) -> None:
 def write_tokenizer(folder: Path, spec: dict, seed: int):
     from cases.words import train_tokenizer
 
-    kind = "gpt2" if spec["family"] == "gptj" else "llama3"
+    kind = "gpt2" if spec["family"] in ("gptj", "gpt2", "neox") else "llama3"
     tokenizer = train_tokenizer(kind, spec.get("vocab", 700), seed)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))

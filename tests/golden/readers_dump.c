@@ -47,8 +47,8 @@ static void print_config(const spurion_model_config *c, int vocab_rows)
            c->rope_theta, c->rope_scaling);
     printf("\"act\":%d,\"gated\":%d,\"embed_scale\":%.9g,\"softcap\":%.9g,\"bias_q\":%d,\"bias_kv\":%d,\"bias_o\":%d,\"bias_mlp\":%d,"
            "\"outputs\":%d,\"head_bias\":%d,\"head_normalized\":%d,\"head_mean\":%.9g,\"head_std\":%.9g,\"bos\":%d,\"pad\":%d,",
-           c->act, c->gated, c->embed_scale, c->softcap, c->bias_q, c->bias_kv, c->bias_o, c->bias_mlp, c->outputs, c->head_bias,
-           c->head_normalized, c->head_mean, c->head_std, c->bos, c->pad);
+           c->act, c->gated, c->embed_scale, c->softcap, c->bias_q, c->bias_kv, c->bias_o, c->bias_mlp, c->outputs, c->head.bias,
+           c->head.mean != 0 || c->head.std != 1, c->head.mean, c->head.std, c->bos, c->pad);
     printf("\"eos\":[");
     for (int i = 0; i < c->eos_count; i++) {
         printf("%s%d", i == 0 ? "" : ",", c->eos[i]);

@@ -305,7 +305,7 @@ def test_readers_convert_half_types_exactly(dtype, tmp_path):
     d = dump("model", tmp_path / "m", tmp_path)
     w = model.base_model.layers[1].self_attn.q_proj.weight.detach()
     np.testing.assert_array_equal(d.array("q.1", tuple(w.shape)), w.float().numpy())
-    assert np.float32(d["embed_scale"]) == torch.tensor(math.sqrt(48)).to(dtype).float().item()
+    assert np.float32(d["embed_scale"]) == np.float32(math.sqrt(48))  # rounded by the pass, whose dtype may be another
 
 
 def test_readers_head_of_openrlhf(tmp_path):

@@ -152,6 +152,12 @@ typedef struct spurion_ops {
     /* out[r] = sum_c a[r,c] b[r * b_stride + c] + bias: (R) f32 from a (R, C); sums in f64, in order. b_stride 0: one b for all. */
     spurion_status (*dot_rows)(spurion_dev *dev, float *out, const float *a, const float *b, int b_stride, int R, int C, float bias);
 
+    /* out[s] = mean of in's rows over all positions 0 .. last query of seq s, which its pieces name.  out (seq_count, C) f32; in (rows, C)
+     * f32; seqs HOST memory. Sums in f64 in the order of positions. */
+    spurion_status (*mean_rows)(spurion_dev *dev, float *out, const float *in, const spurion_seq *seqs, int seq_count, int C);
+    /* dx[dkv_row + i] = dout[s] / positions, for the positions dkv_position + i .. last query of each seq: overwrites. */
+    spurion_status (*mean_rows_backward)(spurion_dev *dev, float *dx, const float *dout, const spurion_seq *seqs, int seq_count, int C);
+
     /* --- norms ---  RMS: out = x * rstd * w;  LAYER: out = (x - mean) * rstd * w + b.  rstd = 1 / sqrt(mean square or var + eps).
      * stats (T, groups, 2) f32 = (mean, rstd), kept for the backward pass, or NULL. w, b (C); b may be NULL.
      * One of out_act (act) and out_f32 is NULL; mode says whether out_f32 is overwritten or added to. */

@@ -5,18 +5,22 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForSequenceClassification, GPTJConfig, LlamaConfig
+from transformers import (AutoModelForSequenceClassification, Gemma2Config, GPT2Config, GPTJConfig, GPTNeoXConfig, LlamaConfig,
+                          MistralConfig, Qwen2Config, Qwen3Config)
+
+FAMILIES = {"gpt2": GPT2Config, "gptj": GPTJConfig, "neox": GPTNeoXConfig, "llama": LlamaConfig, "mistral": MistralConfig,
+            "qwen2": Qwen2Config, "qwen3": Qwen3Config, "gemma2": Gemma2Config}
 
 
 def make_model(path: Path, family: str, options: dict, seed: int, reward_sd: float, probes: list[list[int]],
                dtype: torch.dtype, shard: str | None) -> None:
     """Writes config.json and safetensors. probes: token ids, over which the rewards get the wanted spread."""
     torch.manual_seed(seed)
-    config = (GPTJConfig if family == "gptj" else LlamaConfig)(**options)
-    config.architectures = ["GPTJForSequenceClassification" if family == "gptj" else "LlamaForSequenceClassification"]
-    net = AutoModelForSequenceClassification.from_config(config).float().eval()
+    config = FAMILIES[family](**options)
+    config.architectures = [FAMILIES[family].__name__.replace("Config", "ForSequenceClassification")]
+    net = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").float().eval()
     for name, p in net.named_parameters():
-        _fill(name, p)
+        _fill(name, p, family)
     with torch.no_grad():
         rewards = torch.cat([net(torch.tensor([ids])).logits for ids in probes])
         net.score.weight *= reward_sd / rewards.std(dim=0).clamp_min(1e-6)[:, None]
@@ -24,27 +28,37 @@ def make_model(path: Path, family: str, options: dict, seed: int, reward_sd: flo
     net.to(dtype).save_pretrained(path, safe_serialization=True, **kwargs)
 
 
-def _fill(name: str, p: torch.nn.Parameter) -> None:
+def _fill(name: str, p: torch.nn.Parameter, family: str) -> None:
+    conv1d = family == "gpt2" and (".c_" in name)  # stored [in, out]
+    fan_in = p.shape[0] if conv1d or p.dim() == 1 else p.shape[1]
     with torch.no_grad():
         if "norm" in name or "ln_" in name:
-            p.copy_(torch.randn_like(p) * 0.1 if name.endswith("bias") else 1 + 0.2 * torch.randn_like(p))
+            mean = 0.0 if name.endswith("bias") or family == "gemma2" else 1.0  # Gemma stores w - 1
+            p.copy_(mean + (0.1 if name.endswith("bias") else 0.2) * torch.randn_like(p))
         elif name.endswith("bias"):
             p.copy_(0.2 * torch.randn_like(p))
+        elif "wpe" in name:
+            p.copy_(0.5 * torch.randn_like(p))
         elif "wte" in name or "embed" in name:
             p.copy_(torch.randn_like(p))
-        elif "q_proj" in name or "k_proj" in name:
-            p.copy_(torch.randn_like(p) * 1.6 / p.shape[1] ** 0.5)
+        elif any(part in name for part in ("q_proj", "k_proj", "c_attn", "query_key_value")):
+            p.copy_(torch.randn_like(p) * 1.6 / fan_in**0.5)
         else:
-            p.copy_(torch.randn_like(p) * 1.1 / p.shape[1] ** 0.5)
+            p.copy_(torch.randn_like(p) * 1.1 / fan_in**0.5)
 
 
 def spelled_as_v4(path: Path) -> None:
-    """config.json as transformers 4 wrote it: rope_theta, rope_scaling, torch_dtype."""
+    """config.json as transformers 4 wrote it: rope_theta, rope_scaling, rotary_pct, torch_dtype, no layer_types."""
     file = path / "config.json"
     config = json.loads(file.read_text())
     rope = config.pop("rope_parameters", None)
-    if rope:
+    config.pop("layer_types", None)
+    if rope and config["model_type"] == "gpt_neox":
+        config["rotary_emb_base"] = rope.pop("rope_theta")
+        config["rotary_pct"] = rope.pop("partial_rotary_factor")
+    elif rope:
         config["rope_theta"] = rope.pop("rope_theta")
+    if rope:
         config["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
     config["torch_dtype"] = config.pop("dtype", "float32")
     config["transformers_version"] = "4.46.3"

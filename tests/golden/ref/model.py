@@ -68,12 +68,24 @@ class RewardModel:
         if kind == "pre":
             return layer.register_forward_pre_hook(on_input)
         if kind == "attn":
-            return (layer.attn if hasattr(layer, "attn") else layer.self_attn).register_forward_hook(on_output)
+            return self._attention(layer).register_forward_hook(on_output)
         if kind == "mlp":
-            return layer.mlp.register_forward_hook(on_output)
-        if not hasattr(layer, "post_attention_layernorm"):
-            raise ValueError("hook_resid_mid: expected a sequential block, found a parallel one")
-        return layer.post_attention_layernorm.register_forward_pre_hook(in_place)
+            return getattr(layer, "post_feedforward_layernorm", layer.mlp).register_forward_hook(on_output)
+        return self._second_norm(layer).register_forward_pre_hook(in_place)
+
+    @staticmethod
+    def _attention(layer) -> torch.nn.Module:
+        """The module whose output is added to the stream; with Gemma 2 the norm after attention."""
+        if hasattr(layer, "post_feedforward_layernorm"):
+            return layer.post_attention_layernorm
+        return next(getattr(layer, name) for name in ("attn", "attention", "self_attn") if hasattr(layer, name))
+
+    def _second_norm(self, layer) -> torch.nn.Module:
+        """The module that reads the stream between attention and MLP of a sequential block."""
+        for name in ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2"):
+            if hasattr(layer, name) and not getattr(layer, "use_parallel_residual", False):
+                return getattr(layer, name)
+        raise ValueError("hook_resid_mid: expected a sequential block, found a parallel one")
 
     @contextmanager
     def _hooked(self, sites: dict):
