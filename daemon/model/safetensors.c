@@ -418,6 +418,7 @@ struct spurion_shards {
     json_t *index;        /* NULL: a single file */
     shard_entry *entries; /* by tensor name */
     int entry_count;
+    spurion_safetensors *beside; /* value_head.safetensors, the last of files; or NULL */
 };
 
 static int entry_order(const void *a, const void *b)
@@ -534,6 +535,22 @@ static spurion_status nothing_found(const char *dir)
                          spurion_path_tail(dir));
 }
 
+/* A value head in a file of its own, as LLaMA-Factory writes it. */
+static spurion_status shards_open_beside(spurion_shards *s, const char *dir)
+{
+    spurion_status st;
+    char path[PATH_MAX];
+
+    SPURION_TRY(st, spurion_path_join(path, sizeof path, dir, "value_head.safetensors"));
+    if (s->file_count == SPURION_SHARD_COUNT_MAX || access(path, F_OK) != 0) {
+        goto out;
+    }
+    SPURION_TRY(st, spurion_safetensors_open(&s->beside, path));
+    s->files[s->file_count++] = s->beside;
+out:
+    return st;
+}
+
 spurion_status spurion_shards_open(spurion_shards **out, const char *dir)
 {
     static const char *const names[] = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.safetensors",
@@ -558,6 +575,7 @@ spurion_status spurion_shards_open(spurion_shards **out, const char *dir)
             SPURION_TRY(st, spurion_safetensors_open(&s->files[0], path));
             s->file_count = 1;
         }
+        SPURION_TRY(st, shards_open_beside(s, dir));
         *out = s;
         s = NULL;
         break;
@@ -580,22 +598,29 @@ void spurion_shards_close(spurion_shards *s)
     free(s);
 }
 
-const spurion_tensor_info *spurion_shards_find(const spurion_safetensors **file, const spurion_shards *s, const char *name)
+static const spurion_safetensors *shard_of(const spurion_shards *s, const char *name)
 {
     shard_entry key = {name, 0};
     const shard_entry *found;
 
-    *file = NULL;
     if (s->index == NULL) {
-        *file = s->files[0];
-        return spurion_safetensors_find(s->files[0], name);
+        return s->files[0];
     }
     found = bsearch(&key, s->entries, (size_t)s->entry_count, sizeof *s->entries, entry_order);
-    if (found == NULL) {
-        return NULL;
+    return found != NULL ? s->files[found->file] : NULL;
+}
+
+const spurion_tensor_info *spurion_shards_find(const spurion_safetensors **file, const spurion_shards *s, const char *name)
+{
+    const spurion_tensor_info *t;
+
+    *file = shard_of(s, name);
+    t = *file != NULL ? spurion_safetensors_find(*file, name) : NULL;
+    if (t == NULL && s->beside != NULL) {
+        *file = s->beside;
+        t = spurion_safetensors_find(s->beside, name);
     }
-    *file = s->files[found->file];
-    return spurion_safetensors_find(*file, name);
+    return t;
 }
 
 int spurion_shards_count(const spurion_shards *s)

@@ -74,7 +74,7 @@ int spurion_tensor_dtype_bits(spurion_tensor_dtype t);
 void spurion_tensor_shape_text(char *out, size_t bytes, const spurion_tensor_info *t);
 
 /* The tensors of a checkpoint directory: model.safetensors, or model.safetensors.index.json with its shards, or the same names with
- * pytorch_model as spurion-convert writes them. */
+ * pytorch_model as spurion-convert writes them; and value_head.safetensors beside them. */
 typedef struct spurion_shards spurion_shards;
 
 /* NOT_FOUND when the directory holds none of these; FAILED_PRECONDITION naming spurion-convert when it holds pickles only. */

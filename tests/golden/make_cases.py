@@ -66,6 +66,15 @@ def every_hook(layer, parallel=False):
     return [lens(id, arch, f"blocks.{at}.hook_{kind}", m=220, l0=18, **cfg) for id, at, kind, arch, cfg in sites]
 
 
+def tiny(family, head, **more):
+    """A small model with another trainer's head, one SAE in the middle and one at the end."""
+    sizes = {"gptj": lambda **k: gptj(48, 3, 4, 4, **k), "neox": lambda **k: neox(48, 3, 4, 120, 0.5, **k)}
+    model = sizes.get(family, lambda **k: llama(48, 3, 4, 2, 16, 100, **k))
+    end = more.pop("end", lens("end", "jumprelu", "blocks.2.hook_resid_post", m=160, l0=16))
+    return {"family": family, "head": head, "model": model(**more.pop("model", {})), "rules": RULES, "sizes": [1, 4, 3],
+            "saes": [lens("mid", "standard", "blocks.1.hook_resid_post", m=160, l0=16), end], **more}
+
+
 def lens(id, arch, hook, m=300, l0=25, **cfg):
     return {"id": id, "kind": "lens", "arch": arch, "hook": hook, "m": m, "l0": l0, "cfg": cfg}
 
@@ -171,6 +180,22 @@ CASES = {
         "rules": RULES, "attribution": {"completeness": True}, "saes": every_hook(1)},
     "gemma2-bf16": {
         "family": "gemma2", "model": gemma2(140, 4, 4, 2, 32, 260), "dtype": "bf16", "rules": RULES, "saes": every_hook(1)},
+    "head-openrlhf": tiny("llama", "openrlhf", attribution={"completeness": True}),
+    "head-outputs": tiny("qwen2", "score_outputs", head_weights=[0.5, -0.25, 1.5]),
+    "head-trlx": tiny("gptj", "trlx", pooling="first_eos", append_eos=True),
+    "head-trl": tiny("llama", "trl", tokens=True),
+    "head-llama-factory": tiny("llama", "trl", apart=True, attribution={"method": "ig", "ig_steps": 3}),
+    "head-grm": tiny("llama", "grm", attribution={"method": "ig", "ig_steps": 3, "completeness": True}),
+    "head-two-layer": tiny("qwen2", "two_layer", each=True),
+    "head-two-layer-bf16": tiny("qwen2", "two_layer", dtype="bf16"),
+    "head-ultrarm": tiny("llama", "ultrarm", attribution={"scope": "all"}),
+    "head-beaver": tiny("llama", "beaver", head_index=1),
+    "head-openassistant": tiny("neox", "openassistant", tokens=True, attribution={"completeness": True}),
+    "head-mean-ig": tiny("llama", "grm", pooling="mean", each=True, attribution={"method": "ig", "ig_steps": 3, "completeness": True},
+                         end=lens("end", "topk", "blocks.2.hook_mlp_out", m=160, k=15)),
+    "head-mean-all": tiny("neox", "openassistant", attribution={"scope": "all"}, model={"use_parallel_residual": False}),
+    "head-mean-bf16": tiny("neox", "openassistant", dtype="bf16"),
+    "head-non-pad": tiny("llama", "score", pooling="last_non_pad", append_eos=True, model={"pad_token_id": 1}),
     "small-gptj": {
         "family": "gptj", "model": gptj(40, 3, 5, 4), "vocab": 420, "template": "hh", "rules": RULES, "tokens": True,
         "sizes": [1, 4, 3, 3], "attribution": {"method": "ig", "completeness": True, "ig_steps": 3, "top": 8}, "each": True,
@@ -190,7 +215,7 @@ def write_config(folder: Path, spec: dict) -> None:
     import yaml
 
     model = {"path": "model", "dtype": spec.get("dtype", "f32")}
-    for key in ("template", "append_eos", "head_index", "max_tokens", "on_too_long"):
+    for key in ("template", "append_eos", "head_index", "head_weights", "pooling", "max_tokens", "on_too_long"):
         if key in spec:
             model[key] = spec[key]
     config = {"model": model, "saes": [], "catalogue": "catalogue.jsonl"}
@@ -232,6 +257,11 @@ def make_case(out: Path, name: str) -> Path:
     dtype = torch.bfloat16 if spec.get("weights", spec.get("dtype")) == "bf16" else torch.float32
     make_model(folder / "model", spec["family"], {"vocab_size": vocab + 3, **spec["model"]}, seed, 2.0, probes, dtype,
                spec.get("shard"))
+    if spec.get("head"):
+        from cases.heads import rewrite
+
+        options = {"head_index": spec.get("head_index"), "head_weights": spec.get("head_weights")}
+        rewrite(folder / "model", spec["head"], seed, 2.0, probes, options, spec.get("apart", False))
     if spec.get("v4"):
         spelled_as_v4(folder / "model")
     (folder / "catalogue.jsonl").write_text("")
@@ -245,15 +275,16 @@ def make_case(out: Path, name: str) -> Path:
 def sequences(folder: Path):
     """Tokenised rollouts of a case (those not refused)."""
     from tokenizers import Tokenizer
-    from transformers import AutoConfig
 
     from ref.config import read_config
+    from ref.heads import read_config as read_raw
     from ref.judge import read_lines
     from ref.text import Encoder, Refused, parse_line
 
     config = read_config(folder / "config.yaml")
-    encoder = Encoder(Tokenizer.from_file(str(folder / "model/tokenizer.json")),
-                      AutoConfig.from_pretrained(folder / "model").to_dict(), config.model)
+    raw = read_raw(folder / "model")
+    encoder = Encoder(Tokenizer.from_file(str(folder / "model/tokenizer.json")), raw,
+                      {**config.model, "pooling": config.model["pooling"] or raw.get("pooling")})
     found = []
     for line in read_lines((folder / "rollouts.jsonl").read_bytes()):
         try:
@@ -269,7 +300,7 @@ def activations(folder: Path, hooks: list[str]) -> dict:
     from ref.model import RewardModel, site_of
 
     config, found = sequences(folder)
-    model = RewardModel(folder / "model", "f32", config.model["head_index"])
+    model = RewardModel(folder / "model", "f32", config.model)
     taken = {site_of(h): [] for h in hooks}
 
     def keep(site, seq):
@@ -280,7 +311,7 @@ def activations(folder: Path, hooks: list[str]) -> dict:
 
     with torch.no_grad():
         for seq in found:
-            model.reward(seq.ids, {site: keep(site, seq) for site in taken})
+            model.reward(seq, {site: keep(site, seq) for site in taken})
     return {h: distinct(torch.cat(taken[site_of(h)])) for h in hooks}
 
 

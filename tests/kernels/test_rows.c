@@ -157,6 +157,48 @@ static void test_rows_add_and_dot_match_loops(void **state)
     }
 }
 
+/* Sequences in pieces: a shared prompt, a clean completion, rows of a variant. Means in double; the gradient's rows and no others. */
+static void mean_case(int C)
+{
+    enum { ROWS = 40, SEQS = 3, OUT = 12 };
+    static const spurion_seq seqs[SEQS] = {
+        {.q_position = 8, .q_count = 1, .piece_count = 2, .piece_row = {30, 0}, .piece_position = {0, 5}, .dkv_row = 0, .dkv_position = 5},
+        {.q_position = 6, .q_count = 1, .piece_count = 3, .piece_row = {30, 4, 20}, .piece_position = {0, 5, 6}, .dkv_row = 4, .dkv_position = 5},
+        {.q_position = 0, .q_count = 1, .piece_count = 2, .piece_row = {39, 7}, .piece_position = {0, 3}, .dkv_row = 9, .dkv_position = 0}};
+    static const int rows[SEQS][9] = {{30, 31, 32, 33, 34, 0, 1, 2, 3}, {30, 31, 32, 33, 34, 4, 20}, {39}};
+    static const int lengths[SEQS] = {9, 7, 1}, named[OUT] = {0, 0, 0, 0, 1, 1, -1, -1, -1, 2, -1, -1};
+    kt t;
+    kt_open(&t, SPURION_F32, 2);
+    float *in = kt_floats(&t, (size_t)(ROWS * C), 1.0), *dout = kt_floats(&t, (size_t)(SEQS * C), 1.0);
+    double *want = calloc((size_t)(SEQS * C), sizeof *want);
+    for (int s = 0; s < SEQS; s++) {
+        for (int c = 0; c < C; c++) {
+            for (int p = 0; p < lengths[s]; p++) {
+                want[s * C + c] += (double)in[rows[s][p] * C + c] / lengths[s];
+            }
+        }
+    }
+    float *out = kt_out(&t, (size_t)(SEQS * C) * sizeof *out), *dx = kt_out(&t, (size_t)(OUT * C) * sizeof *dx);
+    KT_OK(t.ops->mean_rows(t.dev, out, kt_in(&t, in, (size_t)(ROWS * C) * sizeof *in), seqs, SEQS, C));
+    KT_OK(t.ops->mean_rows_backward(t.dev, dx, kt_in(&t, dout, (size_t)(SEQS * C) * sizeof *dout), seqs, SEQS, C));
+    float *got = kt_read_floats(&t, out, (size_t)(SEQS * C)), *grad = kt_read_floats(&t, dx, (size_t)(OUT * C));
+    kt_near("mean_rows", got, want, (size_t)(SEQS * C), kt_tolerance_f32());
+    for (int i = 0; i < OUT * C; i++) {
+        int s = named[i / C];
+        assert_true(s < 0 ? isnan(grad[i]) : fabs(grad[i] - (double)dout[s * C + i % C] / lengths[s]) < 1e-6);
+    }
+    free(in), free(dout), free(want), free(got), free(grad);
+    kt_close(&t);
+}
+
+static void test_rows_mean_over_pieces_and_its_gradient(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < KT_COUNT(widths); i++) {
+        mean_case(widths[i]);
+    }
+}
+
 static void test_rows_memory_is_aligned_copied_and_zeroed(void **state)
 {
     (void)state;
@@ -205,6 +247,7 @@ int main(void)
         cmocka_unit_test(test_rows_cast_rounds_to_nearest_even),
         cmocka_unit_test(test_rows_cast_keeps_nan_and_infinity),
         cmocka_unit_test(test_rows_add_and_dot_match_loops),
+        cmocka_unit_test(test_rows_mean_over_pieces_and_its_gradient),
         cmocka_unit_test(test_rows_memory_is_aligned_copied_and_zeroed),
         cmocka_unit_test(test_rows_memory_refuses_what_the_machine_has_not),
     };

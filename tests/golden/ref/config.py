@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 KNOWN = {
-    "model": {"path", "dtype", "head_index", "template", "append_eos", "max_tokens", "on_too_long"},
+    "model": {"path", "dtype", "head_index", "head_weights", "pooling", "template", "append_eos", "max_tokens", "on_too_long"},
     "attribution": {"method", "when", "ig_steps", "ig_rule", "scope", "top", "completeness"},
     "ablation": {"each"},
     "reward": {"sd", "trainer_tolerance"},
@@ -105,7 +105,7 @@ def read_config(path: Path) -> Config:
     for sae in raw.get("saes") or []:
         _refuse_unknown("saes", sae, KNOWN_SAE)
     folder = path.resolve().parent
-    model = {"dtype": "f32", "head_index": None, "template": "none", "append_eos": False, "max_tokens": None,
+    model = {"dtype": "f32", "head_index": None, "head_weights": None, "pooling": None, "template": "none", "append_eos": False, "max_tokens": None,
              "on_too_long": "refuse", **raw["model"]}
     attribution = {"method": "grad", "when": "all", "ig_steps": 10, "ig_rule": "midpoint", "scope": "completion",
                    "top": 32, "completeness": False, **(raw.get("attribution") or {})}

@@ -37,7 +37,7 @@ class Judge:
         self.tool = Instrument(config, dtype)
         folder = config.folder / config.model["path"]
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.encoder = Encoder(tokenizer, self.tool.model.config.to_dict(), config.model)
+        self.encoder = Encoder(tokenizer, self.tool.model.config.to_dict(), {**config.model, "pooling": self.tool.model.head.pooling})
         self.debias = spurious(config.catalogue, DEBIAS)
         self.family_sets = {}
         for feature in config.catalogue.values():
@@ -157,7 +157,7 @@ class Judge:
             "advantage": f32(advantage),
             "counterfactual_advantage": f32(counterfactual),
             "advantage_flip": flip,
-            "scored_position": len(m.seq.ids) - 1,
+            "scored_position": None if self.tool.model.head.pooling == "mean" else m.seq.scored,
             "token_count": len(m.seq.ids),
             "truncated": m.seq.truncated,
             "saes": [{k: v if isinstance(v, str) else f32(v) for k, v in self.tool.sae_sums(m, s.id).items()}

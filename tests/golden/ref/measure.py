@@ -44,7 +44,7 @@ class Instrument:
     def __init__(self, config: Config, dtype: str | None = None):
         self.config = config
         self.model = RewardModel(config.folder / config.model["path"], dtype or config.model["dtype"],
-                                 config.model["head_index"])
+                                 config.model)
         self.saes: list[Sae] = []
         for order, row in enumerate(config.saes):
             reader = open_sae(config.folder / row["path"], row.get("format"))
@@ -72,7 +72,7 @@ class Instrument:
             return fn
 
         with torch.no_grad():
-            reward = self.model.reward(seq.ids, {s.site: keep(s.site) for s in self.saes})
+            reward = self.model.reward(seq, {s.site: keep(s.site) for s in self.saes})
             x = {s.id: seen[s.site] for s in self.saes}
             readings = {s.id: s.reader.read(x[s.id]) for s in self.saes}
         return Measured(seq, positions, np.float32(reward.float().item()), readings, x)
@@ -91,7 +91,7 @@ class Instrument:
             return fn
 
         with torch.enable_grad():
-            reward = self.model.reward(m.seq.ids, {site: fn_for(site, v) for site, v in sites.items()})
+            reward = self.model.reward(m.seq, {site: fn_for(site, v) for site, v in sites.items()})
             grads = torch.autograd.grad(reward, list(leaves.values()))
         return {site: g.float() for site, g in zip(leaves, grads)}
 
@@ -102,7 +102,7 @@ class Instrument:
             return new
 
         with torch.no_grad():
-            return np.float32(self.model.reward(m.seq.ids, {site: fn}).float().item())
+            return np.float32(self.model.reward(m.seq, {site: fn}).float().item())
 
     def attribute(self, m: Measured) -> None:
         """Fills m.grads (and m.baselines with completeness)."""
@@ -164,7 +164,7 @@ class Instrument:
 
         ordered = {site: fn_for(sites[site]) for site in sorted(sites, key=site_order)}
         with torch.no_grad():
-            return np.float32(self.model.reward(m.seq.ids, ordered).float().item())
+            return np.float32(self.model.reward(m.seq, ordered).float().item())
 
     def effect(self, m: Measured, members: frozenset) -> np.float32:
         return np.float32(self.ablated_reward(m, members) - m.reward)

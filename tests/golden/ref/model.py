@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from .heads import Head, is_plain, load_base
+
 KINDS = ("pre", "attn", "mid", "mlp", "post")
 _HOOK = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)$")
 
@@ -32,20 +34,21 @@ def site_order(site: tuple[int, str]) -> tuple[int, int]:
 class RewardModel:
     """One rollout at a time through a *ForSequenceClassification model, with a function at every site asked for."""
 
-    def __init__(self, path: Path, dtype: str, head_index: int | None):
+    def __init__(self, path: Path, dtype: str, options: dict):
         torch_dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f64": torch.float64}[dtype]
-        self.config = AutoConfig.from_pretrained(path)
-        self.net = AutoModelForSequenceClassification.from_pretrained(
-            path, config=self.config, dtype=torch_dtype, attn_implementation="eager")
+        if is_plain(path):
+            self.config = AutoConfig.from_pretrained(path)
+            self.net = AutoModelForSequenceClassification.from_pretrained(
+                path, config=self.config, dtype=torch_dtype, attn_implementation="eager")
+            self.base = getattr(self.net, self.net.base_model_prefix)
+        else:
+            self.net = self.base = load_base(path, torch_dtype)
+            self.config = self.base.config
         self.net.eval().requires_grad_(False)
         self.dtype = torch_dtype
-        self.base = getattr(self.net, self.net.base_model_prefix)
         self.layers = self.base.h if hasattr(self.base, "h") else self.base.layers
-        self.vocab_rows = self.net.get_input_embeddings().weight.shape[0]
-        heads = self.net.score.weight.shape[0]
-        if heads > 1 and head_index is None:
-            raise ValueError(f"model.head_index: expected an index below {heads}, found none")
-        self.head = head_index or 0
+        self.vocab_rows = self.base.get_input_embeddings().weight.shape[0]
+        self.head = Head(path, options, torch_dtype)
 
     def _attach(self, site: tuple[int, str], fn):
         layer = self.layers[site[0]]
@@ -96,13 +99,13 @@ class RewardModel:
             for handle in handles:
                 handle.remove()
 
-    def reward(self, ids: list[int], sites: dict | None = None) -> torch.Tensor:
-        """The head's output at the last position, a scalar. sites: {site: function of (1, T, d) giving (1, T, d)}."""
+    def reward(self, seq, sites: dict | None = None) -> torch.Tensor:
+        """The head's output for a sequence (ids, scored), a scalar. sites: {site: function of (1, T, d) giving (1, T, d)}."""
         with self._hooked(sites or {}):
-            hidden = self.base(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state
-            return self.net.score(hidden)[0, -1, self.head]
+            hidden = self.base(input_ids=torch.tensor([seq.ids]), use_cache=False).last_hidden_state
+            return self.head(hidden[0], seq.scored)
 
     def transformers_reward(self, ids: list[int]) -> float:
         """What the model's own forward returns (its own pooling)."""
         with torch.no_grad():
-            return float(self.net(input_ids=torch.tensor([ids]), use_cache=False).logits[0, self.head])
+            return float(self.net(input_ids=torch.tensor([ids]), use_cache=False).logits[0] @ self.head.weights.to(self.dtype))

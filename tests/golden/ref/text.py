@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
 
+from .heads import scored_position
+
 
 class Refused(Exception):
     """This rollout cannot be judged; the others can."""
@@ -22,6 +24,7 @@ class Sequence:
     start: int
     lead: int
     truncated: bool = False
+    scored: int = -1  # position that the head reads
     warnings: set[str] = field(default_factory=set)
 
 
@@ -121,6 +124,8 @@ class Encoder:
         self.pad_id = model_config.get("pad_token_id")
         self.bos_id = _first(model_config.get("bos_token_id"))
         self.eos_id = _first(model_config.get("eos_token_id"))
+        eos = model_config.get("eos_token_id")
+        self.eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         probe = tokenizer.encode("a")
         count = 0
         while count < len(probe.ids) and probe.special_tokens_mask[count]:
@@ -164,8 +169,13 @@ class Encoder:
             seq = self._from_texts(row)
         seq.lead = min(seq.lead, seq.start)
         self._fit(seq)
-        if self.pad_id is not None and seq.ids[-1] == self.pad_id:
+        pooling = self.options.get("pooling") or "last"
+        if pooling == "last" and self.pad_id is not None and seq.ids[-1] == self.pad_id:
             seq.warnings.add("pad_scored")
+        scored = scored_position(seq.ids, seq.start, pooling, self.pad_id, self.eos_ids)
+        if scored is None:
+            raise invalid(f"completion: expected a token other than pad_token_id ({self.pad_id}), found none")
+        seq.scored = scored
         return seq
 
     def _fit(self, seq: Sequence) -> None:
