@@ -13,7 +13,12 @@
 #include "spurion/rollout.h"
 #include "spurion/status.h"
 
-typedef enum spurion_template { SPURION_TEMPLATE_NONE, SPURION_TEMPLATE_HH } spurion_template;
+/* In the order of the names in config_keys.c. AUTO: what the checkpoint's own chat_template is (daemon/template.h). */
+typedef enum spurion_template {
+    SPURION_TEMPLATE_NONE, SPURION_TEMPLATE_HH, SPURION_TEMPLATE_AUTO, SPURION_TEMPLATE_CHATML, SPURION_TEMPLATE_QWEN2, SPURION_TEMPLATE_QWEN2_5,
+    SPURION_TEMPLATE_SMOLLM2, SPURION_TEMPLATE_LLAMA3, SPURION_TEMPLATE_LLAMA3_1, SPURION_TEMPLATE_GEMMA, SPURION_TEMPLATE_MISTRAL,
+    SPURION_TEMPLATE_TULU, SPURION_TEMPLATE_TULU2, SPURION_TEMPLATE_ZEPHYR, SPURION_TEMPLATE_OPENASSISTANT
+} spurion_template;
 typedef enum spurion_too_long { SPURION_TOO_LONG_REFUSE, SPURION_TOO_LONG_TRUNCATE } spurion_too_long;
 typedef enum spurion_method { SPURION_METHOD_GRAD, SPURION_METHOD_IG, SPURION_METHOD_NONE } spurion_method;
 typedef enum spurion_when { SPURION_WHEN_ALL, SPURION_WHEN_FLAGGED } spurion_when;

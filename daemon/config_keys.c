@@ -12,7 +12,8 @@ _Static_assert(sizeof(spurion_dtype) == sizeof(unsigned) && sizeof(spurion_direc
 
 static const char *const dtypes[] = {"f32", "bf16", NULL};
 static const char *const poolings[] = {"last", "last_non_pad", "first_eos", "mean", NULL};
-static const char *const templates[] = {"none", "hh", NULL};
+static const char *const templates[] = {"none", "hh", "auto", "chatml", "qwen2", "qwen2.5", "smollm2", "llama3", "llama3.1", "gemma", "mistral",
+                                        "tulu", "tulu2", "zephyr", "openassistant", NULL};
 static const char *const too_long[] = {"refuse", "truncate_prompt", NULL};
 static const char *const methods[] = {"grad", "ig", "none", NULL};
 static const char *const whens[] = {"all", "flagged", NULL};
@@ -40,7 +41,7 @@ static const spurion_key config_rows[] = {
     {"model", "pooling", SPURION_KEY_CHOICE, AT(model.pooling), NO_AUX, 0, 0, poolings, NULL, "last",
      "hidden state that the head reads; default: what the checkpoint says, else last"},
     {"model", "template", SPURION_KEY_ENUM, AT(model.template_kind), NO_AUX, 0, 0, templates, "none", NULL,
-     "how prompt and completion become one text"},
+     "how prompt and completion, or messages, become one text; auto: the checkpoint's own chat_template"},
     {"model", "append_eos", SPURION_KEY_BOOL, AT(model.append_eos), NO_AUX, 0, 0, NULL, "false", NULL,
      "append config.json's eos_token_id to the completion, and score it"},
     {"model", "max_tokens", SPURION_KEY_INT, AT(model.max_tokens), NO_AUX, 0, SPURION_TOKENS_MAX, NULL, "0", NULL,

@@ -151,6 +151,7 @@ static spurion_status files_load(spurion_engine *e, loading *l)
     SPURION_TRY(st, spurion_weights_open(&l->weights, c->model.path, &l->model));
     (void)snprintf(tokenizer_path, sizeof tokenizer_path, "%s/tokenizer.json", c->model.path);
     SPURION_TRY(st, spurion_tokenizer_open(&e->tokenizer, tokenizer_path));
+    SPURION_TRY(st, spurion_chat_open(&e->chat, c->model.template_kind, c->model.path, &l->model, e->tokenizer));
     for (int i = 0; i < c->sae_count; i++) {
         SPURION_TRY(st, sae_file_load(l, &c->saes[i], i));
         widths[i] = l->files[i].F;
@@ -430,6 +431,7 @@ spurion_status spurion_engine_create(spurion_engine **out, const spurion_config 
     SPURION_TRY(st, memory_take(e));
     e->sequence.tokenizer = e->tokenizer;
     e->sequence.config = config;
+    e->sequence.chat = &e->chat;
     e->sequence.model = &e->model->config;
     e->sequence.vocab = e->model->vocab;
     e->peak_bytes = peak_estimate(e);
@@ -670,6 +672,8 @@ void spurion_engine_describe(const spurion_engine *e, FILE *out)
     fprintf(out, "head       %s, %d layer%s, %d output%s; pooling %s%s%s\n", c->head.stem, c->head.hidden + 1, c->head.hidden ? "s" : "", c->outputs,
             c->outputs > 1 ? "s" : "", pooling_names[c->pooling], c->pooling_said ? "" : " (the default)",
             pad_is_eos(c) && !c->pooling_said ? "; warning: pad equals eos, trainers may read another position" : "");
+    fprintf(out, "template   %s%s\n", spurion_template_name(e->chat.kind),
+            e->config->model.template_kind == SPURION_TEMPLATE_AUTO ? " (the checkpoint's own)" : "");
     fprintf(out, "device     %s, %s\n", e->dev->name, e->dev->dtype == SPURION_BF16 ? "bf16 matrix inputs, f32 sums" : "f32");
     describe_saes(e, out);
     fprintf(out, "catalogue  %d features, %d families, %d rules, %d sets to ablate\n", e->catalogue.entry_count, e->catalogue.family_count,

@@ -34,6 +34,7 @@ struct spurion_engine {
     bool has_catalogue;
     spurion_sae *saes[SPURION_SAES_MAX];
     int sae_count;
+    spurion_chat chat;
     spurion_sequence_rules sequence;
 
     bool gradients, variants, scope_all;

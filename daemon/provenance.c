@@ -56,7 +56,7 @@ static json_t *model_json(const spurion_engine *e, const unsigned char *digest)
     const spurion_config *c = e->config;
     return json_pack("{s:s, s:o, s:s, s:i, s:o, s:i, s:b, s:i, s:i, s:o}", "architecture", e->model->config.architecture, "weights", hex_of(digest),
                      "dtype", c->model.dtype == SPURION_BF16 ? "bf16" : "f32", "head_index", c->model.head_index, "head", head_json(e), "template",
-                     (int)c->model.template_kind, "append_eos", c->model.append_eos, "max_tokens", c->model.max_tokens, "on_too_long",
+                     (int)e->chat.kind, "append_eos", c->model.append_eos, "max_tokens", c->model.max_tokens, "on_too_long",
                      (int)c->model.on_too_long, "tokenizer", hex_of(spurion_tokenizer_digest(e->tokenizer)));
 }
 

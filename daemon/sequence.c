@@ -11,7 +11,7 @@ typedef struct draft {
     int32_t *ids;
     int64_t count, start, leading, scored;
     uint32_t warnings;
-    bool truncated;
+    bool truncated, chat; /* chat: a chat template made the text */
 } draft;
 
 static spurion_status no_memory(void)
@@ -44,7 +44,27 @@ static bool join(spurion_bytes *out, spurion_arena *arena, spurion_bytes a, spur
     return data != NULL;
 }
 
-/* Puts prompt and completion into the template. */
+/* A chat template around messages, or around prompt and completion as one user's and one assistant's. */
+static spurion_status render(spurion_bytes *prompt, spurion_bytes *completion, draft *d, spurion_job *job, const spurion_chat *chat)
+{
+    spurion_status st;
+    spurion_message pair[2] = {{SPURION_ROLE_USER, *prompt}, {SPURION_ROLE_ASSISTANT, *completion}}, *messages = pair;
+    int count = 2;
+
+    if (job->rollout.messages.data) {
+        SPURION_TRY(st, spurion_messages_read(&messages, &count, &job->arena, job->rollout.messages));
+    }
+    if (messages[count - 1].content.size == 0) {
+        st = spurion_error(SPURION_INVALID_ARGUMENT, "completion: expected a text, found an empty one");
+        goto out;
+    }
+    SPURION_TRY(st, spurion_chat_render(prompt, completion, &d->warnings, &job->arena, chat, messages, count));
+    d->chat = chat->kind != SPURION_TEMPLATE_HH;
+out:
+    return st;
+}
+
+/* Puts prompt and completion into template none or hh. */
 static spurion_status apply_template(spurion_bytes *prompt, spurion_bytes *completion, spurion_arena *arena, spurion_template kind)
 {
     static const char human[] = "\n\nHuman:", assistant[] = "\n\nAssistant:";
@@ -125,6 +145,9 @@ static spurion_status lay_out(draft *d, spurion_arena *arena, const spurion_sequ
     }
     d->count = first + (int64_t)both->count;
     if (rules->config->model.append_eos) {
+        for (int i = 0; d->chat && i < rules->model->eos_count && d->count > 0; i++) {
+            d->warnings |= d->ids[d->count - 1] == rules->model->eos[i] ? SPURION_WARN_EOS_DOUBLED : 0;
+        }
         d->ids[d->count++] = rules->model->eos[0];
     }
     while (start < (int64_t)before->count && start < (int64_t)both->count && before->data[start] == both->data[start]) {
@@ -146,12 +169,16 @@ static spurion_status from_texts(draft *d, spurion_job *job, const spurion_seque
     bool bos_once;
     spurion_status st;
 
-    if (completion.size == 0) {
+    if (completion.size == 0 && !job->rollout.messages.data) {
         return spurion_error(SPURION_INVALID_ARGUMENT, "completion: expected a text, found an empty one");
     }
     SPURION_TRY(st, check_text("prompt", prompt));
     SPURION_TRY(st, check_text("completion", completion));
-    SPURION_TRY(st, apply_template(&prompt, &completion, &job->arena, rules->config->model.template_kind));
+    if (job->rollout.messages.data || rules->chat->kind > SPURION_TEMPLATE_AUTO) {
+        SPURION_TRY(st, render(&prompt, &completion, d, job, rules->chat));
+    } else {
+        SPURION_TRY(st, apply_template(&prompt, &completion, &job->arena, rules->chat->kind));
+    }
     if (!join(&joined, &job->arena, prompt, completion, (spurion_bytes){"", 0})) {
         st = no_memory();
         goto out;
@@ -235,6 +262,9 @@ static spurion_status check_kind(bool *ids, const spurion_rollout *r)
     bool prompt = r->prompt.data, completion = r->completion.data;
 
     *ids = r->prompt_ids || r->completion_ids;
+    if (r->messages.data && !*ids && !prompt && !completion) {
+        return spurion_ok();
+    }
     if (*ids ? !prompt && !completion : prompt && completion) {
         return spurion_ok();
     }

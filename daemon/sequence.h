@@ -7,6 +7,7 @@
 #include "daemon/job.h"
 #include "daemon/model/config.h"
 #include "daemon/model/tokenizer.h"
+#include "daemon/template.h"
 
 typedef struct spurion_sequence_rules {
     const spurion_tokenizer *tokenizer;
@@ -14,6 +15,7 @@ typedef struct spurion_sequence_rules {
     const spurion_model_config *model;
     int vocab;       /* rows of the embedding: ids must be below */
     int tokens_max;  /* prompt + completion */
+    const spurion_chat *chat; /* model.template, resolved for the checkpoint */
 } spurion_sequence_rules;
 
 /* Fills job->ids, token_count, completion_start, leading_count, verdict.token_count, scored_position, truncated and warnings, or refuses

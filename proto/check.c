@@ -2,6 +2,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "spurion/json_scan.h"
 #include "spurion/codec.h"
 #include "spurion/limits.h"
 
@@ -294,14 +295,31 @@ static spurion_status check_ids(const int32_t *ids, int32_t count, const char *w
     return spurion_ok();
 }
 
+/* One JSON array of objects; what the objects hold is the template's business (daemon/template.c). */
+static spurion_status check_messages(spurion_bytes messages)
+{
+    spurion_json_value array;
+    spurion_status st = spurion_json_check(&array, messages.data, messages.size);
+
+    if (st.code != SPURION_OK || array.kind != SPURION_JSON_ARRAY) {
+        return spurion_error(SPURION_INVALID_ARGUMENT, "messages: expected one JSON array of {\"role\", \"content\"}, found something else");
+    }
+    return spurion_ok();
+}
+
 static spurion_status check_content(const spurion_rollout *r)
 {
     bool ids = r->prompt_id_count > 0 || r->completion_id_count > 0;
-    bool texts = r->prompt.data != NULL || r->completion.data != NULL;
+    bool texts = r->prompt.data != NULL || r->completion.data != NULL, messages = r->messages.data != NULL;
     spurion_status st;
 
-    if (ids && texts) {
-        return spurion_error(SPURION_INVALID_ARGUMENT, "prompt, completion: expected texts or token ids, found both");
+    if ((ids && texts) || (messages && (ids || texts))) {
+        return spurion_error(SPURION_INVALID_ARGUMENT, "prompt, completion: expected texts, token ids or messages, found %s",
+                             messages ? "messages and others" : "both");
+    }
+    if (messages) {
+        SPURION_TRY(st, check_text(r->messages, "messages", SPURION_TEXT_BYTES_MAX));
+        return check_messages(r->messages);
     }
     if (ids) {
         if (r->completion_id_count == 0) {

@@ -29,6 +29,7 @@ spurion_status wire_rollout_pack(Spurion__V1__Rollout **out, wire *w, const spur
     WIRE_SET_BYTES(r, tags, in->tags);
     r->has_group_size = in->group_size != 0;
     r->group_size = in->group_size;
+    WIRE_SET_BYTES(r, messages, in->messages);
     *out = r;
     return spurion_ok();
 }
@@ -56,6 +57,7 @@ void wire_rollout_unpack(spurion_rollout *out, const Spurion__V1__Rollout *in)
     out->trainer_reward = out->has_trainer_reward ? in->trainer_reward : 0.0f;
     out->tags = WIRE_GET_BYTES(in, tags);
     out->group_size = in->group_size;
+    out->messages = WIRE_GET_BYTES(in, messages);
 }
 
 spurion_status spurion_codec_encode_rollout(spurion_bytes *out, const spurion_memory *m, const spurion_rollout *in)

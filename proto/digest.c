@@ -102,6 +102,8 @@ void spurion_rollout_digest(unsigned char out[SPURION_ROLLOUT_DIGEST_BYTES], con
     if (r->completion_id_count > 0) {
         add_field(&h, 'i', r->prompt_ids, (size_t)r->prompt_id_count * sizeof *r->prompt_ids);
         add_field(&h, 'j', r->completion_ids, (size_t)r->completion_id_count * sizeof *r->completion_ids);
+    } else if (r->messages.data != NULL) {
+        add_field(&h, 'm', r->messages.data, r->messages.size);
     } else {
         add_field(&h, 'p', r->prompt.data, r->prompt.size);
         add_field(&h, 'c', r->completion.data, r->completion.size);

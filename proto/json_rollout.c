@@ -9,10 +9,10 @@
 #include "spurion/limits.h"
 #include "spurion/nearest.h"
 
-enum field { RUN, STEP, GROUP, ID, ATTEMPT, PROMPT, COMPLETION, PROMPT_IDS, COMPLETION_IDS, TRAINER_REWARD, TAGS, GROUP_SIZE, FIELD_COUNT };
+enum field { RUN, STEP, GROUP, ID, ATTEMPT, PROMPT, COMPLETION, PROMPT_IDS, COMPLETION_IDS, TRAINER_REWARD, TAGS, GROUP_SIZE, MESSAGES, FIELD_COUNT };
 
 static const char *const field_names[FIELD_COUNT] = {"run",        "step",           "group",          "id",   "attempt",   "prompt", "completion",
-                                                     "prompt_ids", "completion_ids", "trainer_reward", "tags", "group_size"};
+                                                     "prompt_ids", "completion_ids", "trainer_reward", "tags", "group_size", "messages"};
 
 /* A name that is no field but close to one is a mistake that must not pass unseen; others (columns of a dataset) are left alone. */
 static bool near_miss(spurion_json_value key)
@@ -233,6 +233,22 @@ static spurion_status read_tags(spurion_rollout *r, const spurion_memory *m, spu
     return r->tags.data ? spurion_ok() : spurion_error(SPURION_RESOURCE_EXHAUSTED, "tags: expected memory, found the budget spent");
 }
 
+static spurion_status read_messages(spurion_rollout *r, const spurion_memory *m, spurion_json_value v)
+{
+    if (!given(v)) {
+        return spurion_ok();
+    }
+    if (v.kind != SPURION_JSON_ARRAY) {
+        return wrong("messages", "an array of {\"role\", \"content\"}", v);
+    }
+    if (v.size > SPURION_TEXT_BYTES_MAX) {
+        return spurion_error(SPURION_INVALID_ARGUMENT, "messages: expected at most %u bytes, found %zu", SPURION_TEXT_BYTES_MAX, v.size);
+    }
+    r->messages.data = copy(m, v.data, v.size);
+    r->messages.size = v.size;
+    return r->messages.data ? spurion_ok() : spurion_error(SPURION_RESOURCE_EXHAUSTED, "messages: expected memory, found the budget spent");
+}
+
 static spurion_status check_unknown(const line_fields *fields, const spurion_memory *m)
 {
     spurion_bytes name = {NULL, 0};
@@ -250,12 +266,19 @@ static spurion_status check_unknown(const line_fields *fields, const spurion_mem
                          spurion_nearest_hint(hint, sizeof hint, name.data, field_names, FIELD_COUNT));
 }
 
-/* Which of the four ways to give content are there: both texts, or both lists of ids. */
+/* Which of the ways to give content are there: both texts, both lists of ids, or messages. */
 static spurion_status check_content(const line_fields *fields)
 {
     bool prompt = given(fields->value[PROMPT]), completion = given(fields->value[COMPLETION]);
     bool prompt_ids = given(fields->value[PROMPT_IDS]), completion_ids = given(fields->value[COMPLETION_IDS]);
+    bool messages = given(fields->value[MESSAGES]);
 
+    if (messages && !prompt && !completion && !prompt_ids && !completion_ids) {
+        return spurion_ok();
+    }
+    if (messages) {
+        return spurion_error(SPURION_INVALID_ARGUMENT, "expected messages, or prompt and completion, or their ids; found messages and others");
+    }
     if ((prompt && completion && !prompt_ids && !completion_ids) || (prompt_ids && completion_ids && !prompt && !completion)) {
         return spurion_ok();
     }
@@ -279,6 +302,7 @@ static spurion_status read_fields(spurion_rollout *r, const spurion_memory *m, c
     SPURION_TRY(st, read_ids(&r->completion_ids, &r->completion_id_count, m, "completion_ids", v[COMPLETION_IDS]));
     SPURION_TRY(st, read_trainer_reward(r, v[TRAINER_REWARD]));
     SPURION_TRY(st, read_tags(r, m, v[TAGS]));
+    SPURION_TRY(st, read_messages(r, m, v[MESSAGES]));
     if (given(v[GROUP_SIZE])) {
         SPURION_TRY(st, read_whole(&size, &readable, "group_size", v[GROUP_SIZE], SPURION_GROUP_SIZE_MAX));
         r->group_size = (int32_t)size;

@@ -94,12 +94,12 @@ static void ids(spurion_text *out, const char *name, const int32_t *values, int3
     cli_put(out, "]");
 }
 
-/* Tags are JSON already; line ends between its parts would end the line. */
-static void tags(spurion_text *out, spurion_bytes value)
+/* Tags and messages are JSON already; line ends between its parts would end the line. */
+static void json_text(spurion_text *out, const char *name, spurion_bytes value)
 {
     size_t start;
 
-    key(out, "tags");
+    key(out, name);
     start = out->size;
     spurion_text_add(out, value.data, value.size);
     for (size_t i = start; i < out->size && !out->failed; i++) {
@@ -132,7 +132,10 @@ void cli_json_record(spurion_text *out, const spurion_record *record, bool token
         real(out, "trainer_reward", r->trainer_reward);
     }
     if (r->tags.data) {
-        tags(out, r->tags);
+        json_text(out, "tags", r->tags);
+    }
+    if (r->messages.data) {
+        json_text(out, "messages", r->messages);
     }
     number(out, "time_ms", record->time_ms);
     cli_put(out, "}");

@@ -139,7 +139,7 @@ static int send_call(scorer *s)
 
 static size_t bytes_of(const spurion_rollout *r)
 {
-    return r->prompt.size + r->completion.size + r->tags.size + 5 * ((size_t)r->prompt_id_count + (size_t)r->completion_id_count) + 600;
+    return r->prompt.size + r->completion.size + r->messages.size + r->tags.size + 5 * ((size_t)r->prompt_id_count + (size_t)r->completion_id_count) + 600;
 }
 
 /* Adds a group to the call in hand. */

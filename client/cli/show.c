@@ -148,6 +148,8 @@ static int put_completion(spurion_text *out, const cli *c, const spurion_record 
         for (int32_t i = 0; i < v->tokens->count; i++) {
             cli_put_safe(out, v->tokens->text[i], true);
         }
+    } else if (r->rollout.messages.data) {
+        cli_put(out, "(the last message)");
     } else {
         spurion_text_print(out, "(%d token ids)", r->rollout.completion_id_count);
     }
@@ -269,7 +271,13 @@ static void put_foot(spurion_text *out, const cli *c, const spurion_record *r)
     const spurion_verdict *v = &r->verdict;
 
     (void)c;
-    spurion_text_print(out, "\n%d tokens, scored at position %d%s", v->token_count, v->scored_position, v->truncated ? ", prompt truncated" : "");
+    spurion_text_print(out, "\n%d tokens, ", v->token_count);
+    if (v->scored_position >= 0) {
+        spurion_text_print(out, "scored at position %d", v->scored_position);
+    } else {
+        cli_put(out, "scored at the mean over all of them");
+    }
+    cli_put(out, v->truncated ? ", prompt truncated" : "");
     for (int bit = 0; bit < SPURION_WARNING_COUNT; bit++) {
         if (v->warnings >> bit & 1) {
             spurion_text_print(out, "; warning %s", spurion_warning_name(bit));
@@ -298,12 +306,17 @@ static int put_record(spurion_text *out, const cli *c, const spurion_record *r)
         cli_put(out, "\n");
         return CLI_OK;
     }
+    if (r->rollout.messages.data) {
+        heading(out, c, "messages");
+        cli_put_safe(out, r->rollout.messages, true);
+        cli_put(out, "\n");
+    }
     if (r->rollout.prompt.data) {
         heading(out, c, "prompt");
         cli_put_safe(out, r->rollout.prompt, true);
         cli_put(out, "\n");
     }
-    if (r->rollout.completion.data || r->rollout.completion_ids || v->tokens) {
+    if (r->rollout.completion.data || r->rollout.completion_ids || r->rollout.messages.data || v->tokens) {
         status = put_completion(out, c, r);
     } else {
         cli_put(out, "\nThe texts were not kept: this rollout was counted only (it was not flagged).\n");

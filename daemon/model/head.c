@@ -60,7 +60,7 @@ static spurion_status read_outputs(spurion_model_config *c, bool *said, spurion_
     SPURION_TRY(st, spurion_json_opt_object(&labels, config, "id2label"));
     c->outputs = labels != NULL ? (int)json_object_size(labels) : 0;
     if (c->outputs == 0) {
-        SPURION_TRY(st, spurion_json_opt_int(&c->outputs, config, "num_labels|score_dim", 1, OUTPUTS_MAX));
+        SPURION_TRY(st, spurion_json_opt_int(&c->outputs, config, "num_labels", 1, OUTPUTS_MAX));
     }
     *said = c->outputs > 0;
     c->outputs = *said ? c->outputs : 1;
@@ -212,9 +212,9 @@ static spurion_status check_chain(spurion_model_config *c, bool outputs_said, co
                                                t->shape[0] > (last ? OUTPUTS_MAX : WIDTH_MAX);
 
         spurion_head_tensor(name, head, l, "weight");
-        /* a class that says its outputs must have them; one that need not say is believed by its tensor */
+        /* transformers' own class must have the outputs it says; other trainers leave the base model's num_labels in config.json */
         if (!wrong && last && outputs_said && (int)t->shape[0] != c->outputs) {
-            wrong = strcmp(head->stem, "score") == 0 || t->shape[0] > 1;
+            wrong = strcmp(head->stem, "score") == 0;
         }
         if (wrong) {
             snprintf(shape, sizeof shape, "none");

@@ -39,6 +39,7 @@ typedef struct fixture {
     spurion_config config;
     spurion_model_config model;
     spurion_sequence_rules rules;
+    spurion_chat chat;
     spurion_job job;
 } fixture;
 
@@ -64,7 +65,7 @@ static int setup(void **state)
     f->model.eos[0] = 1;
     f->model.eos_count = 1;
     f->model.pad = -1;
-    f->rules = (spurion_sequence_rules){.config = &f->config, .model = &f->model, .vocab = 23, .tokens_max = 100};
+    f->rules = (spurion_sequence_rules){.config = &f->config, .model = &f->model, .vocab = 23, .tokens_max = 100, .chat = &f->chat};
     open_tokenizer(f, with_bos);
     spurion_job_init(&f->job, 0);
     *state = f;
@@ -196,7 +197,7 @@ static void test_sequence_hh_template(void **state)
     expect(f, "8 8 10 11 12 4 13 9 7 21 8 8 14 15 15 16 15 17 4 13 17 9 | 7 6 ", 0);
     count = f->job.token_count;
     memcpy(plain, f->job.ids, (size_t)count * sizeof *plain);
-    f->config.model.template_kind = SPURION_TEMPLATE_HH;
+    f->chat.kind = SPURION_TEMPLATE_HH;
     make_texts(f, "ab", "c");
     assert_int_equal(f->job.token_count, count);
     assert_memory_equal(f->job.ids, plain, (size_t)count * sizeof *plain);
@@ -215,7 +216,7 @@ static void test_sequence_ids_are_the_whole_sequence(void **state)
     static const int32_t bos[] = {0, 4}, plain[] = {4, 5}, completion[] = {6, 1}, special[] = {0};
 
     f->config.model.append_eos = true;
-    f->config.model.template_kind = SPURION_TEMPLATE_HH;
+    f->chat.kind = SPURION_TEMPLATE_HH;
     make_ids(f, bos, 2, completion, 2);
     expect(f, "0 < 4 | 6 1 ", 0);
     make_ids(f, plain, 2, completion, 2);

@@ -31,6 +31,7 @@ typedef struct spurion_rollout {
     float trainer_reward;
     spurion_bytes tags;           /* a JSON object as text, or absent */
     int32_t group_size;           /* members to wait for; 0: not said */
+    spurion_bytes messages;       /* instead of the texts: a JSON array of {"role", "content"} as text, the last by the assistant; or absent */
 } spurion_rollout;
 
 /* Warnings: a set. Names on the wire and in JSON: spurion_warning_name. */
