@@ -9,6 +9,7 @@
 
 #include "daemon/base/check.h"
 #include "daemon/base/log.h"
+#include "daemon/base/sha256.h"
 #include "daemon/model/tokenizer.h"
 #include "daemon/rules.h"
 
@@ -652,14 +653,24 @@ static double mebibytes(size_t bytes)
 
 static void describe_saes(const spurion_engine *e, FILE *out)
 {
+    static const char *const kinds[] = {"relu", "jumprelu", "top-k", "gated", "group maximum"};
+    static const char *const norms[] = {"", ", norm per token", ", layer norm per token"};
+
     for (int i = 0; i < e->sae_count; i++) {
         const spurion_sae *s = e->saes[i];
+        const spurion_sae_weights *w = &s->full;
+        char digest[65], k[24] = "";
         int watched = 0;
-        for (int k = 0; k < e->catalogue.entry_count; k++) {
-            watched += e->catalogue.entries[k].sae == i && e->catalogue.entries[k].spurious;
+        for (int n = 0; n < e->catalogue.entry_count; n++) {
+            watched += e->catalogue.entries[n].sae == i && e->catalogue.entries[n].spurious;
         }
-        fprintf(out, "sae        %s: %s %s, %d features at %s, %d watched%s%s\n", s->id, s->format, s->architecture, s->full.F, s->hook_name,
-                watched, s->notes[0] ? "; " : "", s->notes);
+        if (w->k > 0) {
+            (void)snprintf(k, sizeof k, " of %d", w->k);
+        }
+        spurion_hex(digest, s->digest, sizeof s->digest);
+        fprintf(out, "sae        %s: %s %s (%s%s%s), %d features of width %d at %s, %d watched%s%s\n", s->id, s->format, s->architecture,
+                kinds[w->kind], k, norms[w->norm], w->F, w->d, s->hook_name, watched, s->notes[0] ? "; " : "", s->notes);
+        fprintf(out, "           %s: checksum %s\n", s->id, digest);
     }
 }
 

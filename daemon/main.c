@@ -9,7 +9,9 @@
 #include <unistd.h>
 
 #include "daemon/base/clock.h"
+#include "daemon/base/json.h"
 #include "daemon/base/log.h"
+#include "daemon/calibrate.h"
 #include "daemon/config.h"
 #include "daemon/engine.h"
 #include "daemon/judge.h"
@@ -32,6 +34,7 @@ enum exit_code {
 };
 
 #define OVERRIDES_MAX 64
+#define CALIBRATION_BYTES_MAX ((size_t)4 << 20)
 
 typedef enum command { COMMAND_NONE, COMMAND_RUN, COMMAND_JUDGE, COMMAND_CHECK, COMMAND_PRINT, COMMAND_CHECK_CONFIG, COMMAND_EXAMPLE, COMMAND_VERSION, COMMAND_HELP } command;
 
@@ -41,6 +44,8 @@ typedef struct arguments {
     const char *overrides[OVERRIDES_MAX];
     int override_count;
     bool tokens, profile, log_level;
+    const char *calibration; /* of check: a text file, or NULL: built in */
+    bool no_calibration;
 } arguments;
 
 static const struct {
@@ -58,13 +63,14 @@ static const struct {
 static const char usage[] =
     "usage: spuriond run --config FILE\n"
     "       spuriond judge --config FILE [--tokens] [--profile] < rollouts.jsonl > verdicts.jsonl\n"
-    "       spuriond check --config FILE\n"
+    "       spuriond check --config FILE [--calibration TEXT | --no-calibration]\n"
     "       spuriond print-config | check-config --config FILE\n"
     "       spuriond example-config\n"
     "\n"
     "run             the daemon: listen, judge, store, alert, answer, until SIGTERM\n"
     "judge           one verdict for each rollout, in the order of the input\n"
-    "check           load model, SAEs, catalogue and rules; say what was found and the peak of memory to expect\n"
+    "check           load model, SAEs, catalogue and rules; say what was found, the peak of memory to expect, and the\n"
+    "                number of active features (L0) and explained variance of each SAE on a text\n"
     "print-config    the configuration in force, with the origin of each value\n"
     "check-config    read the configuration and stop\n"
     "example-config  every key with its meaning and default\n"
@@ -72,6 +78,8 @@ static const char usage[] =
     "  -c, --config FILE        configuration (YAML)\n"
     "  -s, --set SECTION.KEY=V  one value, after file and environment (SPURION_SECTION_KEY)\n"
     "      --tokens             judge: with the view of every completion token\n"
+    "      --calibration FILE   check: the text for L0 and explained variance, instead of a built-in one\n"
+    "      --no-calibration     check: without running the model\n"
     "      --profile            judge: after the end one JSON object on stderr with times and work done\n"
     "      --print-config       as the command\n"
     "      --check-config       as the command\n"
@@ -148,12 +156,14 @@ static int read_command(arguments *a, int argc, char **argv)
 /* Fills a; not 0: the exit status. */
 static int read_arguments(arguments *a, int argc, char **argv)
 {
-    enum { TOKENS = 256, PROFILE, PRINT, CHECK, LEVEL, VERSION };
+    enum { TOKENS = 256, PROFILE, PRINT, CHECK, LEVEL, VERSION, CALIBRATION, NO_CALIBRATION };
     static const struct option options[] = {{"config", required_argument, NULL, 'c'},  {"set", required_argument, NULL, 's'},
                                             {"tokens", no_argument, NULL, TOKENS},     {"profile", no_argument, NULL, PROFILE},
                                             {"print-config", no_argument, NULL, PRINT}, {"check-config", no_argument, NULL, CHECK},
                                             {"log-level", required_argument, NULL, LEVEL}, {"version", no_argument, NULL, VERSION},
-                                            {"help", no_argument, NULL, 'h'},          {NULL, 0, NULL, 0}};
+                                            {"help", no_argument, NULL, 'h'},
+                                            {"calibration", required_argument, NULL, CALIBRATION},
+                                            {"no-calibration", no_argument, NULL, NO_CALIBRATION}, {NULL, 0, NULL, 0}};
     command instead = COMMAND_NONE;
     int status = 0;
 
@@ -170,6 +180,8 @@ static int read_arguments(arguments *a, int argc, char **argv)
             break;
         case TOKENS: a->tokens = true; break;
         case PROFILE: a->profile = true; break;
+        case CALIBRATION: a->calibration = optarg; break;
+        case NO_CALIBRATION: a->no_calibration = true; break;
         case PRINT: instead = COMMAND_PRINT; break;
         case CHECK: instead = COMMAND_CHECK_CONFIG; break;
         case LEVEL:
@@ -226,9 +238,39 @@ static void describe_running(const spurion_engine *engine)
            (spurion_engine_peak_bytes(engine) + queue + store + rest) >> 20, queue >> 20, store >> 20, rest >> 20);
 }
 
-static int run_check(const spurion_config *config)
+/* One line for each SAE, and what does not fit on stderr too: a check that is read by a program should not hide it. */
+static spurion_status calibrate(spurion_engine *engine, const spurion_config *config, const char *path)
+{
+    spurion_status st;
+    spurion_calibration found[SPURION_SAES_MAX];
+    char *text = NULL, warning[200];
+    size_t bytes = 0;
+
+    if (path) {
+        SPURION_TRY(st, spurion_file_read(&text, &bytes, path, CALIBRATION_BYTES_MAX));
+    }
+    SPURION_TRY(st, spurion_calibrate(found, engine, text, bytes));
+    for (int i = 0; i < config->sae_count; i++) {
+        const spurion_calibration *c = &found[i];
+        const char *id = config->saes[i].id;
+
+        (void)printf("on a text  %s: L0 %.1f, explained variance ", id, c->l0);
+        (void)(c->has_explained ? printf("%.3f", c->explained) : printf("unknown"));
+        (void)printf(" (%lld tokens of %s)\n", (long long)c->tokens, path ? path : "the built-in text");
+        if (spurion_calibration_warning(warning, sizeof warning, c)) {
+            (void)printf("warning    %s: %s\n", id, warning);
+            (void)fprintf(stderr, "spuriond: warning: SAE %s: %s\n", id, warning);
+        }
+    }
+out:
+    free(text);
+    return st;
+}
+
+static int run_check(const arguments *a, const spurion_config *config)
 {
     spurion_engine *engine = NULL;
+    int status = EXIT_ALL;
     spurion_status st = spurion_engine_create(&engine, config);
 
     if (st.code != SPURION_OK) {
@@ -236,8 +278,12 @@ static int run_check(const spurion_config *config)
     }
     spurion_engine_describe(engine, stdout);
     describe_running(engine);
+    if (!a->no_calibration) {
+        st = calibrate(engine, config, a->calibration);
+        status = st.code == SPURION_OK ? EXIT_ALL : report(st);
+    }
     spurion_engine_destroy(engine);
-    return EXIT_ALL;
+    return status;
 }
 
 /* Does not return: nng's threads are still there, so the process leaves by _exit once its streams are flushed. */
@@ -271,7 +317,7 @@ static int with_config(const arguments *a)
     switch (a->command) {
     case COMMAND_RUN: run_daemon(a, &config); break;
     case COMMAND_JUDGE: status = run_judge(a, &config); break;
-    case COMMAND_CHECK: status = run_check(&config); break;
+    case COMMAND_CHECK: status = run_check(a, &config); break;
     case COMMAND_PRINT: spurion_config_print(&config, stdout); break;
     default: (void)puts("configuration: ok"); break;
     }
