@@ -16,9 +16,9 @@
 #define ENTRY_BYTES 46u            /* of a central directory entry, without name, extra, comment */
 #define LOCAL_BYTES 30u
 #define DIRECTORY_BYTES_MAX (16u << 20)
-#define NPY_HEADER_BYTES_MAX 65536u
+#define NPY_HEADER_BYTES_MAX 16384u
 #define DEFLATE_RATIO_MAX 1032u    /* of zlib's format */
-#define BUFFER_BYTES 65536u
+#define BUFFER_BYTES 16384u
 
 typedef struct member {
     const char *name; /* without .npy, in the header's strings */
@@ -589,7 +589,7 @@ static spurion_status read_array(spurion_tensor_info *t, spurion_npz *z, int i, 
     SPURION_TRY(st, member_read(start, z, i, 0, 8 + length_bytes));
     length = length_bytes == 2 ? u16(start + 8) : u32(start + 8);
     if (length > NPY_HEADER_BYTES_MAX) {
-        st = wrong(z, m->name, "an npy header of at most 64 KiB", "a longer one");
+        st = wrong(z, m->name, "an npy header of at most 16 KiB", "a longer one");
         goto out;
     }
     m->data = 8 + length_bytes + length;

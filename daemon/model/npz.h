@@ -1,6 +1,6 @@
 /* npz files: a zip archive of npy arrays, stored or deflated, as numpy writes them. Strict: one disk, no encryption, every array's header
  * checked before anything is read. Nothing is unpacked at once: a deflated array is inflated while it is read, so that memory does not
- * grow with what a file claims to hold. Thread: one owner at a time. Memory: the directory (bounded by the file's size), 128 KiB of
+ * grow with what a file claims to hold. Thread: one owner at a time. Memory: the directory (bounded by the file's size), 32 KiB of
  * buffers while reading. Not for other modules than safetensors.c, which gives the arrays as tensors. */
 #ifndef SPURION_MODEL_NPZ_H
 #define SPURION_MODEL_NPZ_H

@@ -494,6 +494,32 @@ static spurion_status shards_fill(spurion_shards *s, const json_t *map, const ch
     return spurion_ok();
 }
 
+/* The weight map of an index, and the files it names. */
+static spurion_status index_map(const json_t **map, const char **names, int *count, const json_t *index, const char *path)
+{
+    *map = json_object_get(index, "weight_map");
+    if (!json_is_object(*map)) {
+        return spurion_json_error((spurion_json_at){index, path}, "weight_map", "an object of tensor names and files", *map);
+    }
+    return shard_names(names, count, *map, path);
+}
+
+spurion_status spurion_shards_index_check(int *files, int *tensors, const char *text, size_t bytes, const char *name)
+{
+    spurion_status st;
+    const char *names[SPURION_SHARD_COUNT_MAX];
+    const json_t *map = NULL;
+    json_t *index = NULL;
+
+    *files = *tensors = 0;
+    SPURION_TRY(st, spurion_json_parse(&index, text, bytes, name));
+    SPURION_TRY(st, index_map(&map, names, files, index, name));
+    *tensors = (int)json_object_size(map);
+out:
+    json_decref(index);
+    return st;
+}
+
 static spurion_status shards_open_index(spurion_shards *s, const char *dir, const char *path)
 {
     spurion_status st;
@@ -503,12 +529,7 @@ static spurion_status shards_open_index(spurion_shards *s, const char *dir, cons
     int count = 0;
 
     SPURION_TRY(st, spurion_json_read(&s->index, path, SPURION_JSON_INDEX_BYTES_MAX));
-    map = json_object_get(s->index, "weight_map");
-    if (!json_is_object(map)) {
-        st = spurion_json_error((spurion_json_at){s->index, path}, "weight_map", "an object of tensor names and files", map);
-        goto out;
-    }
-    SPURION_TRY(st, shard_names(names, &count, map, path));
+    SPURION_TRY(st, index_map(&map, names, &count, s->index, path));
     for (int i = 0; i < count; i++) {
         SPURION_TRY(st, spurion_path_join(shard, sizeof shard, dir, names[i]));
         SPURION_TRY(st, spurion_safetensors_open(&s->files[i], shard));

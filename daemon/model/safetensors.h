@@ -79,6 +79,8 @@ typedef struct spurion_shards spurion_shards;
 
 /* NOT_FOUND when the directory holds none of these; FAILED_PRECONDITION naming spurion-convert when it holds pickles only. */
 spurion_status spurion_shards_open(spurion_shards **out, const char *dir) SPURION_MUST_USE;
+/* Checks the JSON of a shard index as spurion_shards_open does before it opens a file: how many files and tensors it names. */
+spurion_status spurion_shards_index_check(int *files, int *tensors, const char *text, size_t bytes, const char *name) SPURION_MUST_USE;
 void spurion_shards_close(spurion_shards *s);
 /* The tensor and its file, or NULL. Borrowed. */
 const spurion_tensor_info *spurion_shards_find(const spurion_safetensors **file, const spurion_shards *s, const char *name);
