@@ -273,6 +273,18 @@ static inline void transpose_words(__m512i r[16])
     }
 }
 
+void spurion_amx_turn_words(float *out, size_t out_stride, const float *x, size_t stride)
+{
+    __m512i r[16];
+    for (int i = 0; i < 16; i++) {
+        r[i] = _mm512_loadu_si512(x + (size_t)i * stride);
+    }
+    transpose_words(r);
+    for (int i = 0; i < 16; i++) {
+        _mm512_storeu_si512(out + (size_t)i * out_stride, r[i]);
+    }
+}
+
 void spurion_amx_pack_rows(uint16_t *b, const uint16_t *x, size_t stride, int columns, int inner)
 {
     for (int n = 0; n < columns; n += 16) {
@@ -371,6 +383,10 @@ void spurion_amx_pack_pairs(uint16_t *b, const uint16_t *x, size_t stride, int i
 }
 
 void spurion_amx_transpose(uint16_t *out, size_t out_stride, const uint16_t *x, size_t stride, int rows, int columns)
+{
+}
+
+void spurion_amx_turn_words(float *out, size_t out_stride, const float *x, size_t stride)
 {
 }
 

@@ -41,6 +41,8 @@ void spurion_amx_multiply(float *c, size_t c_stride, const uint16_t *a, size_t a
 void spurion_amx_pack_rows(uint16_t *b, const uint16_t *x, size_t stride, int columns, int inner);
 /* b[k, n] = x[k, n]: x (inner, columns). */
 void spurion_amx_pack_pairs(uint16_t *b, const uint16_t *x, size_t stride, int inner, int columns);
+/* out (16, 16) words of 32 bits = x (16, 16) turned; strides in words. */
+void spurion_amx_turn_words(float *out, size_t out_stride, const float *x, size_t stride);
 /* out (columns, rows) = x (rows, columns) turned. */
 void spurion_amx_transpose(uint16_t *out, size_t out_stride, const uint16_t *x, size_t stride, int rows, int columns);
 

@@ -1,12 +1,21 @@
-/* Attention on AMX tiles, bf16: the same blocks, tiles and softmax as attention.c and attention_backward.c, with products of bf16
- * operands summed in f32. Weights, dout and score gradients are rounded to bf16 where they become operands. In the backward pass a
- * query's row in its tile is its position modulo QUERIES, so that sums over queries group in one way only.
- * Thread: pool workers. Memory: the workers' scratch. */
+/* Attention on AMX tiles, bf16, with queries in the lanes: scores are made as S^T (keys, queries), so that softmax runs down the vectors,
+ * the weights come out in the layout that the next product reads, and nothing is summed across a vector. Key blocks are counted from
+ * position 0 and a query's result is a chain over its own blocks: a block that it does not see multiplies by 1 and adds 0. In the backward
+ * pass a query's lane is fixed by its position and head, so that sums over queries group in one way only. Weights, dout and score
+ * gradients are rounded to bf16 where they become operands; scores are kept in units of ln 2. Thread: pool workers. Memory: their scratch. */
 #include "kernels/cpu/attention.h"
 
 #if VW == 16
 
 #include "kernels/cpu/amx.h"
+
+enum {
+    LANES = SPURION_AMX_COLUMNS, /* queries that go through a block together: two vectors */
+    LANES_MAX = TILE_ROWS_MAX
+};
+
+#define LOG2E 1.44269504088896341f
+#define LN2 0.693147180559945309f
 
 /* Cuts arrays off scratch, each on its own lines. */
 static void *cut(char **scratch, size_t bytes)
@@ -15,6 +24,30 @@ static void *cut(char **scratch, size_t bytes)
     *scratch += spurion_round_up(bytes, 64);
     return p;
 }
+
+/* 2^x for x <= 0 or little more: x = floor + r, a polynomial of degree 4 in r in [0, 1) that is 1 and 2 at its ends (relative error 3.4e-6:
+ * the weights are rounded to 2^-9). 0 far below; NaN stays. */
+SIMD vf exp2_weight(vf x)
+{
+    vf c = (vf)_mm512_max_ps(_mm512_set1_ps(-1000.0f), (__m512)x);
+    vf r = (vf)_mm512_reduce_ps((__m512)c, 0x09);
+    vf p = v_set(0.013555747f);
+    p = v_fma(p, r, v_set(0.052032370f));
+    p = v_fma(p, r, v_set(0.24137976f));
+    p = v_fma(p, r, v_set(0.69303212f));
+    p = v_fma(p, r, v_set(1.0f));
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)c);
+}
+
+/* Two vectors of weights for keys k, k + 1 as one row of a packed operand: pairs (k, k + 1) for each lane. */
+SIMD void store_pair(uint16_t *out, vf even, vf odd)
+{
+    static const uint16_t order[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_loadu_si512(order), both));
+}
+
+/* --- loading --- */
 
 /* One row of `width` elements from hd of bf16, zeros behind: without a call, for rows are short. */
 SIMD void copy_row(uint16_t *out, const uint16_t *in, int hd, int width)
@@ -42,37 +75,199 @@ static void copy_keys(uint16_t *out, int ld, const uint16_t *in, size_t at, size
     memset(out + (size_t)(stop - first) * (size_t)ld, 0, (size_t)(first + KEYS - stop) * (size_t)ld * sizeof *out);
 }
 
+/* Queries of one tile. Lane r holds position first + r / group and head r % group of the key head's; lanes of positions before `from` or
+ * from `end` on hold nothing. */
+typedef struct lanes {
+    const spurion_seq *seq;
+    int kv_head, first, from, end;
+    int count;                 /* lanes, whole groups of LANES */
+    int32_t *position;         /* (count) -1: nothing */
+} lanes;
+
+static void lanes_place(lanes *l, int group, int queries)
+{
+    l->count = (int)spurion_round_up((size_t)(queries * group), LANES);
+    for (int r = 0; r < l->count; r++) {
+        int i = l->first + r / group;
+        l->position[r] = r < queries * group && i >= l->from && i < l->end ? i : -1;
+    }
+}
+
+/* Element of q, out or dout at which lane r's head begins. */
+static size_t lane_at(const lanes *l, int r, int heads, int group, int hd)
+{
+    size_t row = (size_t)(l->seq->q_row + l->position[r] - l->seq->q_position);
+    return (row * (size_t)heads + (size_t)(l->kv_head * group + r % group)) * (size_t)hd;
+}
+
+/* The lanes that keys first .. first + KEYS - 1 concern, as groups [*low, *high) of LANES; positions ascend with the lanes. */
+static void lanes_seeing(int *low, int *high, const lanes *l, int block, int group, int window)
+{
+    int begin = block > l->from ? block : l->from, end = l->end; /* positions that see some key of the block */
+    if (window > 0 && end > block + KEYS - 1 + window) {
+        end = block + KEYS - 1 + window;
+    }
+    *low = (begin - l->first) * group / LANES;
+    *high = end > begin ? ((end - l->first) * group + LANES - 1) / LANES : *low;
+}
+
+/* Lanes that see key j: its position is at or after j and, with a window, before j + window. */
+SIMD __mmask16 visible(vi position, int j, int window)
+{
+    __mmask16 m = _mm512_cmpge_epi32_mask((__m512i)position, _mm512_set1_epi32(j));
+    return window > 0 ? m & _mm512_cmplt_epi32_mask((__m512i)position, _mm512_set1_epi32(j + window)) : m;
+}
+
+/* Whether all 16 lanes see all keys of the block. */
+SIMD bool sees_all(const int32_t *position, int block, int window)
+{
+    vi p = *(const vi *)(const void *)position;
+    return visible(p, block + KEYS - 1, 0) == 0xffff && (window == 0 || visible(p, block, window) == 0xffff);
+}
+
+/* Caps the raw scores (KEYS, LANES) of 16 lanes and puts -inf where a key is not seen. Nothing else: what a lane gets must not depend on
+ * whether its neighbours' block needs a mask. */
+static void scores_prepare(float *s, const int32_t *position, int block, spurion_attention_shape a)
+{
+    vi p = *(const vi *)(const void *)position;
+    for (int k = 0; k < KEYS; k++) {
+        vf v = v_load(s + k * LANES);
+        if (a.softcap > 0) {
+            v = a.softcap * v_tanh(v * (a.scale / a.softcap));
+        }
+        v_store(s + k * LANES, (vf)_mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()), visible(p, block + k, a.window), (__m512)v));
+    }
+}
+
+/* What prepared scores are multiplied by to stand in units of ln 2. */
+static inline float score_unit(spurion_attention_shape a)
+{
+    return a.softcap > 0 ? LOG2E : a.scale * LOG2E;
+}
+
 /* --- forward --- */
 
 typedef struct half_tile {
-    uint16_t *q, *p;            /* (rows, width), (rows, KEYS) */
-    uint16_t *rows;             /* (KEYS, width): keys or values as they are */
-    uint16_t *keys, *values;    /* packed */
+    lanes l;
+    uint16_t *q;          /* (count, width), packed as columns */
+    uint16_t *rows;       /* (lanes or KEYS, width) as it is */
+    uint16_t *keys;       /* (KEYS, width) */
+    uint16_t *values;     /* (width, KEYS) */
+    uint16_t *p;          /* (KEYS, LANES) packed in pairs */
+    float *s;             /* (KEYS, LANES) */
+    float *acc;           /* (count / LANES, width, LANES) */
+    float *max, *sum;     /* (count) in units of ln 2; sums of weights */
 } half_tile;
 
-static void place_forward(attention_tile *t, half_tile *h, const attention_job *j, char *scratch)
+static void place_forward(half_tile *h, const attention_job *j, char *scratch)
 {
-    size_t w = (size_t)j->width, rows = spurion_round_up((size_t)(j->tile * j->group), 32);
-    t->acc = cut(&scratch, rows * w * 4);
-    t->s = cut(&scratch, rows * KEYS * 4);
-    t->max = cut(&scratch, rows * 4);
-    t->sum = cut(&scratch, rows * 4);
-    h->q = cut(&scratch, rows * w * 2);
-    h->p = cut(&scratch, rows * KEYS * 2);
-    h->rows = cut(&scratch, KEYS * w * 2);
+    size_t w = (size_t)j->width;
+    h->l.position = cut(&scratch, LANES_MAX * sizeof(int32_t));
+    h->q = cut(&scratch, LANES_MAX * w * 2);
+    h->rows = cut(&scratch, LANES_MAX * w * 2);
     h->keys = cut(&scratch, KEYS * w * 2);
     h->values = cut(&scratch, KEYS * w * 2);
+    h->p = cut(&scratch, KEYS * LANES * 2);
+    h->s = cut(&scratch, KEYS * LANES * 4);
+    h->acc = cut(&scratch, LANES_MAX * w * 4);
+    h->max = cut(&scratch, LANES_MAX * 4);
+    h->sum = cut(&scratch, LANES_MAX * 4);
 }
 
-static void load_queries(const attention_tile *t, const half_tile *h, const attention_job *j)
+static void begin_forward(half_tile *h, const attention_job *j)
 {
-    size_t hd = (size_t)j->shape.head_dim, w = (size_t)j->width, rows = (size_t)(t->count * j->group), whole = spurion_round_up(rows, 32);
-    memset(h->q + rows * w, 0, (whole - rows) * w * 2);
-    memset(h->p + rows * KEYS, 0, (whole - rows) * KEYS * 2);
-    for (size_t r = 0; r < rows; r++) {
-        size_t row = (size_t)(t->seq->q_row + t->first - t->seq->q_position) + r / (size_t)j->group;
-        size_t head = (size_t)(t->kv_head * j->group) + r % (size_t)j->group;
-        copy_row(h->q + r * w, (const uint16_t *)j->q + (row * (size_t)j->shape.heads + head) * hd, (int)hd, (int)w);
+    int w = j->width, hd = j->shape.head_dim;
+    for (int r = 0; r < h->l.count; r++) {
+        if (h->l.position[r] < 0) {
+            memset(h->rows + (size_t)(r * w), 0, (size_t)w * 2);
+        } else {
+            copy_row(h->rows + (size_t)(r * w), (const uint16_t *)j->q + lane_at(&h->l, r, j->shape.heads, j->group, hd), hd, w);
+        }
+        h->max[r] = -__builtin_inff();
+        h->sum[r] = 0;
+    }
+    spurion_amx_pack_rows(h->q, h->rows, (size_t)w, h->l.count, w);
+    memset(h->acc, 0, (size_t)(h->l.count * w) * sizeof *h->acc);
+}
+
+/* Weights of 16 lanes for one block into p, given scores times `unit` in units of ln 2. Max and sum go along (Milakov & Gimelshein 2018);
+ * gives the factors for what was summed before. */
+SIMD vf soften_lanes(uint16_t *p, float *max, float *sum, const float *s, float unit)
+{
+    vf top = v_load(s), even = v_set(0.0f), odd = v_set(0.0f), before = v_load(max);
+    for (int k = 1; k < KEYS; k++) {
+        top = v_max(top, v_load(s + k * LANES));
+    }
+    vf now = v_max(before, top * unit);
+    vf base = v_select(now == -__builtin_inff(), v_set(0.0f), now);
+    for (int k = 0; k < KEYS; k += 2) {
+        vf a = exp2_weight(v_fma(v_load(s + k * LANES), v_set(unit), -base));
+        vf b = exp2_weight(v_fma(v_load(s + (k + 1) * LANES), v_set(unit), -base));
+        store_pair(p + k / 32 * 2 * 512 + k % 32 / 2 * 32, a, b);
+        even += a;
+        odd += b;
+    }
+    vf factor = v_select(before == now, v_set(1.0f), exp2_weight(before - base)); /* 2^0 is 1, and 1 is what nothing-seen needs too */
+    v_store(max, now);
+    v_store(sum, v_fma(v_load(sum), factor, even + odd));
+    return factor;
+}
+
+/* Scores of one group of lanes to weights; rescales what was summed before. */
+static void soften_group(half_tile *h, const attention_job *j, int g, int block)
+{
+    float *acc = h->acc + (size_t)(g * j->width * LANES);
+    for (int half = 0; half < LANES; half += VW) {
+        int at = g * LANES + half;
+        if (j->shape.softcap > 0 || !sees_all(h->l.position + at, block, j->shape.window)) {
+            scores_prepare(h->s + half, h->l.position + at, block, j->shape);
+        }
+        vf factor = soften_lanes(h->p + half * VW * 2, h->max + at, h->sum + at, h->s + half, score_unit(j->shape));
+        if (_mm512_cmp_ps_mask((__m512)factor, _mm512_set1_ps(1.0f), _CMP_NEQ_UQ) != 0) {
+            for (int c = 0; c < j->width; c++) {
+                v_store(acc + c * LANES + half, v_load(acc + c * LANES + half) * factor);
+            }
+        }
+    }
+}
+
+static void forward_block(half_tile *h, const attention_job *j, int block)
+{
+    int w = j->width, hd = j->shape.head_dim, low, high;
+    size_t stride = (size_t)j->shape.kv_heads * (size_t)hd, at = (size_t)h->l.kv_head * (size_t)hd;
+
+    copy_keys(h->rows, w, j->v, at, stride, h->l.seq, block, hd);
+    spurion_amx_transpose(h->values, KEYS, h->rows, (size_t)w, KEYS, w);
+    copy_keys(h->keys, w, j->k, at, stride, h->l.seq, block, hd);
+    lanes_seeing(&low, &high, &h->l, block, j->group, j->shape.window);
+    for (int g = low; g < high; g++) {
+        spurion_amx_multiply(h->s, LANES, h->keys, (size_t)w, h->q + (size_t)(g * LANES * w), KEYS, LANES, w, false);
+        soften_group(h, j, g, block);
+        spurion_amx_multiply(h->acc + (size_t)(g * w * LANES), LANES, h->values, KEYS, h->p, w, LANES, KEYS, true);
+    }
+}
+
+/* Values divided by their sum, and lse, to their rows. */
+static void write_forward(half_tile *h, const attention_job *j)
+{
+    int hd = j->shape.head_dim, w = j->width;
+    float turned[VW * VW];
+    for (int r0 = 0; r0 < h->l.count; r0 += VW) {
+        const float *acc = h->acc + (size_t)(r0 / LANES * w * LANES) + r0 % LANES;
+        for (int c = 0; c < hd; c += VW) {
+            spurion_amx_turn_words(turned, VW, acc + c * LANES, LANES);
+            for (int r = r0; r < r0 + VW; r++) {
+                if (h->l.position[r] >= 0) {
+                    uint16_t *out = (uint16_t *)j->out + lane_at(&h->l, r, j->shape.heads, j->group, hd);
+                    vh_store_n(out + c, v_to_bf16_fast(v_load(turned + (r - r0) * VW) / h->sum[r]), hd - c);
+                }
+            }
+        }
+    }
+    for (int r = 0; r < h->l.count; r++) {
+        if (h->l.position[r] >= 0) {
+            j->lse[lane_at(&h->l, r, j->shape.heads, j->group, 1)] = h->max[r] * LN2 + logf(h->sum[r]);
+        }
     }
 }
 
@@ -81,156 +276,240 @@ void spurion_attention_amx_item(void *context, int64_t item, int worker)
     const attention_job *j = context;
     attention_tile t;
     half_tile h;
-    int hd = j->shape.head_dim, w = j->width;
-    size_t stride = (size_t)j->shape.kv_heads * (size_t)hd;
 
     place_tile(&t, j, item);
-    place_forward(&t, &h, j, j->cpu->scratch[worker]);
-    begin_tile(&t, j);
-    load_queries(&t, &h, j);
-    int rows = (int)spurion_round_up((size_t)(t.count * j->group), SPURION_AMX_ROWS);
+    place_forward(&h, j, j->cpu->scratch[worker]);
+    h.l = (lanes){t.seq, t.kv_head, t.first, t.first, t.first + t.count, 0, h.l.position};
+    lanes_place(&h.l, j->group, t.count);
+    begin_forward(&h, j);
     spurion_amx_begin();
     for (int b = attention_first_key(t.first, j->shape.window) / KEYS; b * KEYS < t.first + t.count; b++) {
-        size_t at = (size_t)t.kv_head * (size_t)hd;
-        copy_keys(h.rows, w, j->k, at, stride, t.seq, b * KEYS, hd);
-        spurion_amx_pack_rows(h.keys, h.rows, (size_t)w, KEYS, w);
-        copy_keys(h.rows, w, j->v, at, stride, t.seq, b * KEYS, hd);
-        spurion_amx_pack_pairs(h.values, h.rows, (size_t)w, KEYS, w);
-        spurion_amx_multiply(t.s, KEYS, h.q, (size_t)w, h.keys, rows, KEYS, w, false);
-        soften_tile(&t, j, h.p, b * KEYS);
-        spurion_amx_multiply(t.acc, (size_t)w, h.p, KEYS, h.values, rows, w, KEYS, true);
+        forward_block(&h, j, b * KEYS);
     }
     spurion_amx_end();
-    write_tile(&t, j);
+    write_forward(&h, j);
 }
 
-/* --- backward --- */
+/* --- backward ---  tiles of queries outside, key blocks inside: dQ is finished in one go, dK and dV gather where they belong */
 
-struct back_half {
-    uint16_t *rows;                       /* (KEYS, width): keys or values as they are */
-    uint16_t *keys, *values, *keys_pairs; /* packed for Q K^T, dout V^T, dS K */
-    uint16_t *q, *dout;                   /* (QUERIES, width) */
-    uint16_t *p, *ds, *turned;            /* (QUERIES, KEYS), (KEYS, QUERIES) */
-    uint16_t *pairs;                      /* packed, of q or dout */
-};
+typedef struct back_half {
+    lanes l;
+    int queries;                             /* positions of a tile */
+    uint16_t *rows;                          /* (lanes or KEYS, width) as it is */
+    uint16_t *q, *dout;                      /* (count, width) packed as columns: for S^T and dP^T */
+    uint16_t *q_pairs, *dout_pairs;          /* (count, width) packed in pairs: for dK and dV */
+    uint16_t *keys, *values, *keys_t;        /* (KEYS, width), (width, KEYS) */
+    uint16_t *p, *ds;                        /* (KEYS, count) */
+    uint16_t *ds_pairs;                      /* (KEYS, LANES) packed in pairs */
+    float *s, *dp;                           /* (KEYS, LANES) */
+    float *lse, *delta;                      /* (count) lse in units of ln 2 */
+    float *dq;                               /* (count / LANES, width, LANES) */
+    float *block;                            /* (KEYS, width): dK or dV of a block that is not whole */
+} back_half;
 
-static void place_backward(back_state *b, struct back_half *h, const back_job *j, char *scratch)
+static void place_backward(back_half *h, const back_job *j, char *scratch)
 {
-    size_t w = (size_t)j->width, block = KEYS * w;
-    b->half = h;
-    b->dk = cut(&scratch, block * 4);
-    b->dv = cut(&scratch, block * 4);
-    b->dq = cut(&scratch, block * 4);
-    b->p = cut(&scratch, QUERIES * KEYS * 4);
-    b->ds = cut(&scratch, QUERIES * KEYS * 4);
-    h->rows = cut(&scratch, block * 2);
-    h->keys = cut(&scratch, block * 2);
-    h->values = cut(&scratch, block * 2);
-    h->keys_pairs = cut(&scratch, block * 2);
-    h->q = cut(&scratch, block * 2);
-    h->dout = cut(&scratch, block * 2);
-    h->p = cut(&scratch, QUERIES * KEYS * 2);
-    h->ds = cut(&scratch, QUERIES * KEYS * 2);
-    h->turned = cut(&scratch, QUERIES * KEYS * 2);
-    h->pairs = cut(&scratch, block * 2);
+    size_t w = (size_t)j->width;
+    h->queries = LANES_MAX / j->group < QUERIES ? LANES_MAX / j->group : QUERIES;
+    h->l.position = cut(&scratch, LANES_MAX * sizeof(int32_t));
+    h->rows = cut(&scratch, LANES_MAX * w * 2);
+    h->q = cut(&scratch, LANES_MAX * w * 2);
+    h->dout = cut(&scratch, LANES_MAX * w * 2);
+    h->q_pairs = cut(&scratch, LANES_MAX * w * 2);
+    h->dout_pairs = cut(&scratch, LANES_MAX * w * 2);
+    h->keys = cut(&scratch, KEYS * w * 2);
+    h->values = cut(&scratch, KEYS * w * 2);
+    h->keys_t = cut(&scratch, KEYS * w * 2);
+    h->p = cut(&scratch, KEYS * LANES_MAX * 2);
+    h->ds = cut(&scratch, KEYS * LANES_MAX * 2);
+    h->ds_pairs = cut(&scratch, KEYS * LANES * 2);
+    h->s = cut(&scratch, KEYS * LANES * 4);
+    h->dp = cut(&scratch, KEYS * LANES * 4);
+    h->lse = cut(&scratch, LANES_MAX * 4);
+    h->delta = cut(&scratch, LANES_MAX * 4);
+    h->dq = cut(&scratch, LANES_MAX * w * 4);
+    h->block = cut(&scratch, KEYS * w * 4);
 }
 
-static void load_block(back_state *b, const back_job *j)
-{
-    int w = j->width, hd = j->shape.head_dim;
-    size_t stride = (size_t)j->shape.kv_heads * (size_t)hd, at = (size_t)b->kv_head * (size_t)hd;
-    struct back_half *h = b->half;
-    copy_keys(h->rows, w, j->v, at, stride, b->seq, b->block, hd);
-    spurion_amx_pack_rows(h->values, h->rows, (size_t)w, KEYS, w);
-    copy_keys(h->rows, w, j->k, at, stride, b->seq, b->block, hd);
-    spurion_amx_pack_rows(h->keys, h->rows, (size_t)w, KEYS, w);
-    spurion_amx_pack_pairs(h->keys_pairs, h->rows, (size_t)w, KEYS, w);
-}
-
-/* q as it is and dout rounded, into rows skip .. skip + count - 1 of their tiles; zeros elsewhere. */
-static void load_rows(const struct back_half *h, const back_job *j, size_t at, size_t stride, int skip, int count)
+static void load_queries(back_half *h, const back_job *j)
 {
     int w = j->width, hd = j->shape.head_dim;
-    if (count < QUERIES) {
-        memset(h->q, 0, (size_t)(QUERIES * w) * 2);
-        memset(h->dout, 0, (size_t)(QUERIES * w) * 2);
+    for (int r = 0; r < h->l.count; r++) {
+        if (h->l.position[r] < 0) {
+            memset(h->rows + (size_t)(r * w), 0, (size_t)w * 2);
+        } else {
+            copy_row(h->rows + (size_t)(r * w), (const uint16_t *)j->q + lane_at(&h->l, r, j->shape.heads, j->group, hd), hd, w);
+        }
     }
-    for (int r = 0; r < count; r++) {
-        size_t from = at + (size_t)r * stride;
-        uint16_t *half = h->dout + (size_t)((skip + r) * w);
-        copy_row(h->q + (size_t)((skip + r) * w), (const uint16_t *)j->q + from, hd, w);
+    spurion_amx_pack_rows(h->q, h->rows, (size_t)w, h->l.count, w);
+    spurion_amx_pack_pairs(h->q_pairs, h->rows, (size_t)w, h->l.count, w);
+}
+
+/* dout rounded, delta = <dout, out> of the rounded one (it must cancel against dP), and lse; a lane that holds nothing weighs 0. */
+static void load_gradients(back_half *h, const back_job *j)
+{
+    int w = j->width, hd = j->shape.head_dim;
+    for (int r = 0; r < h->l.count; r++) {
+        uint16_t *row = h->rows + (size_t)(r * w);
+        vf sum = v_set(0.0f);
+        if (h->l.position[r] < 0) {
+            memset(row, 0, (size_t)w * 2);
+            h->lse[r] = __builtin_inff();
+            h->delta[r] = 0;
+            continue;
+        }
+        size_t at = lane_at(&h->l, r, j->shape.heads, j->group, hd);
         for (int c = 0; c < w; c += VW) {
-            vf v = c < hd ? v_load_n(j->dout + from + c, hd - c) : v_set(0.0f);
-            vh_store_n(half + c, v_to_bf16_fast(v), VW);
+            vh half = c < hd ? v_to_bf16_fast(v_load_n(j->dout + at + c, hd - c)) : (vh){0};
+            vh_store_n(row + c, half, VW);
+            if (c < hd) {
+                sum = v_fma(v_from_bf16(half), v_load_act(j->out, at + (size_t)c, hd - c, SPURION_BF16), sum);
+            }
+        }
+        h->lse[r] = j->lse[lane_at(&h->l, r, j->shape.heads, j->group, 1)] * LOG2E;
+        h->delta[r] = v_sum(sum);
+    }
+    spurion_amx_pack_rows(h->dout, h->rows, (size_t)w, h->l.count, w);
+    spurion_amx_pack_pairs(h->dout_pairs, h->rows, (size_t)w, h->l.count, w);
+}
+
+/* P = 2^(s - lse), dS = P (dP - delta) scale [1 - (s / cap)^2] of 16 lanes, to rows of p and ds and to pairs of ds. */
+SIMD void gradient_lanes(back_half *h, int at, int half, spurion_attention_shape a)
+{
+    float unit = score_unit(a);
+    vf lse = v_load(h->lse + at), delta = v_load(h->delta + at);
+    for (int k = 0; k < KEYS; k += 2) {
+        vf d[2];
+        for (int i = 0; i < 2; i++) {
+            vf s = v_load(h->s + (k + i) * LANES + half);
+            vf weight = exp2_weight(v_fma(s, v_set(unit), -lse));
+            d[i] = weight * (v_load(h->dp + (k + i) * LANES + half) - delta) * a.scale;
+            if (a.softcap > 0) {
+                vf bend = s / a.softcap;
+                d[i] = v_select(weight > 0.0f, d[i] * (1.0f - bend * bend), weight); /* unseen: 0, and not 0 * inf */
+            }
+            vh_store_n(h->p + (k + i) * LANES_MAX + at, v_to_bf16_fast(weight), VW);
+            vh_store_n(h->ds + (k + i) * LANES_MAX + at, v_to_bf16_fast(d[i]), VW);
+        }
+        store_pair(h->ds_pairs + half * VW * 2 + k / 32 * 2 * 512 + k % 32 / 2 * 32, d[0], d[1]);
+    }
+}
+
+/* c (KEYS, hd of width) f32 at rows of the block += a (KEYS, count) . b (count, width), in place where the block is whole. */
+static void gather_keys(back_half *h, const back_job *j, float *c, const uint16_t *a, const uint16_t *b, int skip, int rows)
+{
+    int w = j->width, hd = j->shape.head_dim;
+    if (rows == KEYS && w == hd) {
+        spurion_amx_multiply(c, j->dkv_stride, a, LANES_MAX, b, KEYS, w, h->l.count, true);
+        return;
+    }
+    memset(h->block, 0, (size_t)(KEYS * w) * sizeof *h->block);
+    for (int r = 0; r < rows; r++) {
+        memcpy(h->block + (size_t)((skip + r) * w), c + (size_t)r * j->dkv_stride, (size_t)hd * sizeof *c);
+    }
+    spurion_amx_multiply(h->block, (size_t)w, a, LANES_MAX, b, KEYS, w, h->l.count, true);
+    for (int r = 0; r < rows; r++) {
+        memcpy(c + (size_t)r * j->dkv_stride, h->block + (size_t)((skip + r) * w), (size_t)hd * sizeof *c);
+    }
+}
+
+static void backward_keys(back_half *h, const back_job *j, int block)
+{
+    const spurion_seq *s = h->l.seq;
+    int from = s->dkv_position > block ? s->dkv_position : block, end = attention_end(s), to = end < block + KEYS ? end : block + KEYS;
+    if (from < to) {
+        size_t at = (size_t)(s->dkv_row + from - s->dkv_position) * j->dkv_stride + (size_t)h->l.kv_head * (size_t)j->shape.head_dim;
+        gather_keys(h, j, j->dv + at, h->p, h->dout_pairs, from - block, to - from);
+        gather_keys(h, j, j->dk + at, h->ds, h->q_pairs, from - block, to - from);
+    }
+}
+
+static void backward_block(back_half *h, const back_job *j, int block)
+{
+    int w = j->width, hd = j->shape.head_dim, low, high;
+    size_t stride = (size_t)j->shape.kv_heads * (size_t)hd, at = (size_t)h->l.kv_head * (size_t)hd;
+
+    copy_keys(h->keys, w, j->k, at, stride, h->l.seq, block, hd);
+    copy_keys(h->values, w, j->v, at, stride, h->l.seq, block, hd);
+    spurion_amx_transpose(h->keys_t, KEYS, h->keys, (size_t)w, KEYS, w);
+    lanes_seeing(&low, &high, &h->l, block, j->group, j->shape.window);
+    for (int g = 0; g < h->l.count / LANES; g++) {
+        if (g < low || g >= high) {
+            for (int k = 0; k < KEYS; k++) {
+                memset(h->p + k * LANES_MAX + g * LANES, 0, LANES * 2);
+                memset(h->ds + k * LANES_MAX + g * LANES, 0, LANES * 2);
+            }
+            continue;
+        }
+        spurion_amx_multiply(h->s, LANES, h->keys, (size_t)w, h->q + (size_t)(g * LANES * w), KEYS, LANES, w, false);
+        spurion_amx_multiply(h->dp, LANES, h->values, (size_t)w, h->dout + (size_t)(g * LANES * w), KEYS, LANES, w, false);
+        for (int half = 0; half < LANES; half += VW) {
+            const int32_t *position = h->l.position + g * LANES + half;
+            if (j->shape.softcap > 0 || !sees_all(position, block, j->shape.window)) {
+                scores_prepare(h->s + half, position, block, j->shape);
+            }
+            gradient_lanes(h, g * LANES + half, half, j->shape);
+        }
+        spurion_amx_multiply(h->dq + (size_t)(g * w * LANES), LANES, h->keys_t, KEYS, h->ds_pairs, w, LANES, KEYS, true);
+    }
+    backward_keys(h, j, block);
+}
+
+static void write_query_gradients(back_half *h, const back_job *j)
+{
+    int hd = j->shape.head_dim, w = j->width;
+    float turned[VW * VW];
+    for (int r0 = 0; r0 < h->l.count; r0 += VW) {
+        const float *dq = h->dq + (size_t)(r0 / LANES * w * LANES) + r0 % LANES;
+        for (int c = 0; c < hd; c += VW) {
+            spurion_amx_turn_words(turned, VW, dq + c * LANES, LANES);
+            for (int r = r0; r < r0 + VW; r++) {
+                if (h->l.position[r] >= 0) {
+                    v_store_n(j->dq + lane_at(&h->l, r, j->shape.heads, j->group, hd) + c, v_load(turned + (r - r0) * VW), hd - c);
+                }
+            }
         }
     }
 }
 
-/* <dout, out>, dout rounded as in dout V^T: the two must cancel. */
-static float half_delta(const back_job *j, const uint16_t *dout, size_t at)
+/* Gradients of all keys begin at 0, also those that nobody sees. */
+static void zero_keys(const back_half *h, const back_job *j)
 {
-    vf sum = v_set(0.0f);
-    for (int c = 0; c < j->shape.head_dim; c += VW) {
-        int n = j->shape.head_dim - c;
-        sum = v_fma(v_load_act(dout, (size_t)c, n, SPURION_BF16), v_load_act(j->out, at + (size_t)c, n, SPURION_BF16), sum);
-    }
-    return v_sum(sum);
-}
-
-/* Weights and score gradients of the tile's rows; 0 in rows that are not there. */
-static void half_gradients(const back_state *b, const back_job *j, int head, size_t row, int tile, int first, int count)
-{
-    const struct back_half *h = b->half;
-    size_t heads = (size_t)j->shape.heads, hd = (size_t)j->shape.head_dim;
-    if (count < QUERIES) {
-        memset(h->p, 0, QUERIES * KEYS * 2);
-        memset(h->ds, 0, QUERIES * KEYS * 2);
-    }
-    for (int r = 0; r < count; r++) {
-        int i = first + r, at = i - tile, high = i + 1 - b->block;
-        size_t place = (row + (size_t)r) * heads + (size_t)head;
-        row_gradient(b->p + at * KEYS, b->ds + at * KEYS, h->p + at * KEYS, h->ds + at * KEYS, j->lse[place],
-                     half_delta(j, h->dout + (size_t)(at * j->width), place * hd), attention_first_key(i, j->shape.window) - b->block,
-                     high < KEYS ? high : KEYS, j->shape);
-    }
-}
-
-static void back_tile(back_state *b, const back_job *j, int head, int tile, int first, int count)
-{
-    const struct back_half *h = b->half;
-    int w = j->width, hd = j->shape.head_dim, skip = first - tile;
-    size_t ld = (size_t)w, stride = (size_t)j->shape.heads * (size_t)hd, row = (size_t)(b->seq->q_row + first - b->seq->q_position);
-    size_t at = row * stride + (size_t)head * (size_t)hd;
-
-    load_rows(h, j, at, stride, skip, count);
-    spurion_amx_multiply(b->p, KEYS, h->q, ld, h->keys, QUERIES, KEYS, w, false);
-    spurion_amx_multiply(b->ds, KEYS, h->dout, ld, h->values, QUERIES, KEYS, w, false);
-    half_gradients(b, j, head, row, tile, first, count);
-    bool begins = is_first_block(b, j, first);
-    if (!begins) {
-        attention_load(b->dq + (size_t)(skip * w), w, j->dq, at, stride, count, hd, SPURION_F32);
-    }
-    spurion_amx_multiply(b->dq, ld, h->ds, KEYS, h->keys_pairs, QUERIES, w, KEYS, !begins);
-    store_rows(j->dq + at, stride, b->dq + (size_t)(skip * w), w, count, hd);
-    if (b->want_keys) {
-        spurion_amx_transpose(h->turned, QUERIES, h->p, KEYS, QUERIES, KEYS);
-        spurion_amx_pack_pairs(h->pairs, h->dout, ld, QUERIES, w);
-        spurion_amx_multiply(b->dv, ld, h->turned, QUERIES, h->pairs, KEYS, w, QUERIES, true);
-        spurion_amx_transpose(h->turned, QUERIES, h->ds, KEYS, QUERIES, KEYS);
-        spurion_amx_pack_pairs(h->pairs, h->q, ld, QUERIES, w);
-        spurion_amx_multiply(b->dk, ld, h->turned, QUERIES, h->pairs, KEYS, w, QUERIES, true);
+    const spurion_seq *s = h->l.seq;
+    for (int i = s->dkv_position; i < attention_end(s); i++) {
+        size_t at = (size_t)(s->dkv_row + i - s->dkv_position) * j->dkv_stride + (size_t)h->l.kv_head * (size_t)j->shape.head_dim;
+        memset(j->dk + at, 0, (size_t)j->shape.head_dim * sizeof *j->dk);
+        memset(j->dv + at, 0, (size_t)j->shape.head_dim * sizeof *j->dv);
     }
 }
 
 void spurion_attention_amx_back_item(void *context, int64_t item, int worker)
 {
     const back_job *j = context;
-    back_state b;
-    struct back_half h;
-    place_backward(&b, &h, j, j->cpu->scratch[worker]);
-    memset(b.dq, 0, (size_t)(QUERIES * j->width) * sizeof *b.dq); /* rows that no query fills are multiplied too */
+    back_half h;
+    const spurion_seq *s = &j->seqs[item / j->shape.kv_heads];
+    int begin = s->q_position, end = attention_end(s), window = j->shape.window;
+
+    if (s->q_count == 0) {
+        return;
+    }
+    place_backward(&h, j, j->cpu->scratch[worker]);
+    h.l.seq = s;
+    h.l.kv_head = (int)(item % j->shape.kv_heads);
+    zero_keys(&h, j);
     spurion_amx_begin();
-    back_sequence(&b, j, item, load_block, back_tile);
+    for (int first = begin / h.queries * h.queries; first < end; first += h.queries) {
+        int from = first > begin ? first : begin, stop = first + h.queries < end ? first + h.queries : end;
+        h.l.first = first, h.l.from = from, h.l.end = stop;
+        lanes_place(&h.l, j->group, h.queries);
+        load_queries(&h, j);
+        load_gradients(&h, j);
+        memset(h.dq, 0, (size_t)(h.l.count * j->width) * sizeof *h.dq);
+        for (int b = attention_first_key(from, window) / KEYS; b * KEYS < stop; b++) {
+            backward_block(&h, j, b * KEYS);
+        }
+        write_query_gradients(&h, j);
+    }
     spurion_amx_end();
 }
 
