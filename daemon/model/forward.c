@@ -170,6 +170,14 @@ out:
     return st;
 }
 
+/* Keeps rows r0 .. r0 + n of x for the backward pass, right before they are read anyway. */
+static spurion_status save_rows(const spurion_run *r, float *to, const spurion_part *part, int r0, int n)
+{
+    size_t at = (size_t)r0 * (size_t)r->d;
+    bool wanted = part->sv && r0 < part->kept;
+    return wanted ? r->ops->copy(r->dev, to + at, part->x + at, (size_t)n * (size_t)r->d * sizeof(float)) : spurion_ok();
+}
+
 static spurion_status mlp_added(const spurion_run *r, int l, const spurion_part *part)
 {
     spurion_status st = spurion_ok();
@@ -178,6 +186,9 @@ static spurion_status mlp_added(const spurion_run *r, int l, const spurion_part 
 
     for (int r0 = 0, n; r0 < part->rows; r0 += n) {
         n = spurion_chunk_rows(r, r0, part->rows, part->kept);
+        if (part->sv && !r->m->config.parallel) {
+            SPURION_TRY(st, save_rows(r, part->sv->x_mid, part, r0, n));
+        }
         SPURION_TRY(st, mlp_input(r, l, part, &h, r0, n));
         SPURION_TRY(st, mlp(r, l, part, hooked ? r->w->y : part->x, h, r0, n, hooked ? SPURION_OVERWRITE : SPURION_ACCUMULATE));
     }
@@ -202,17 +213,14 @@ static spurion_status block_tail(const spurion_run *r, int l, const spurion_part
     if (spurion_run_hooked(r, part, 4 * l + SPURION_SITE_MID)) {
         SPURION_TRY(st, r->p->hook(r->p->hook_context, 4 * l + SPURION_SITE_MID, part->x));
     }
-    if (part->sv) {
-        SPURION_TRY(st, r->ops->copy(r->dev, part->sv->x_mid, part->x, (size_t)part->kept * (size_t)r->d * sizeof(float)));
-    }
     SPURION_TRY(st, mlp_added(r, l, part));
 out:
     return st;
 }
 
-static spurion_status save_input(const spurion_run *r, const spurion_part *part)
+static spurion_status save_input(const spurion_run *r, const spurion_part *part, int r0, int n)
 {
-    return part->sv ? r->ops->copy(r->dev, part->sv->x_in, part->x, (size_t)part->kept * (size_t)r->d * sizeof(float)) : spurion_ok();
+    return part->sv ? save_rows(r, part->sv->x_in, part, r0, n) : spurion_ok();
 }
 
 static spurion_part whole_part(const spurion_run *r, int l)
@@ -229,9 +237,9 @@ static spurion_status block(const spurion_run *r, int l)
     spurion_status st;
     spurion_part part = whole_part(r, l);
 
-    SPURION_TRY(st, save_input(r, &part));
     for (int r0 = 0, n; r0 < part.rows; r0 += n) {
         n = spurion_chunk_rows(r, r0, part.rows, part.kept);
+        SPURION_TRY(st, save_input(r, &part, r0, n));
         SPURION_TRY(st, keys_values(r, l, &part, r0, n));
         SPURION_TRY(st, queries(r, l, &part, r0, n));
     }
@@ -255,15 +263,15 @@ static spurion_status block_pruned(const spurion_run *r, int l)
     spurion_part part = {w->xs, count, sv ? count : 0, sv, w->scored_positions, sv ? sv->q : w->q, sv ? sv->attention : w->attention,
                          sv ? sv->lse : w->lse, false};
 
-    SPURION_TRY(st, save_input(r, &all));
     for (int r0 = 0, n; r0 < all.rows; r0 += n) {
         n = spurion_chunk_rows(r, r0, all.rows, all.kept);
+        SPURION_TRY(st, save_input(r, &all, r0, n));
         SPURION_TRY(st, keys_values(r, l, &all, r0, n));
     }
     SPURION_TRY(st, r->ops->gather_rows(r->dev, w->xs, w->x, w->scored, count, r->d));
-    SPURION_TRY(st, save_input(r, &part));
     for (int r0 = 0, n; r0 < count; r0 += n) {
         n = spurion_chunk_rows(r, r0, count, part.kept);
+        SPURION_TRY(st, save_input(r, &part, r0, n));
         SPURION_TRY(st, r->ops->norm(r->dev, spurion_act_at(r, w->h, (size_t)r0, r->d), NULL, r->d, sv ? sv->stats1 + 2 * (size_t)r0 : NULL,
                                      w->xs + (size_t)r0 * (size_t)r->d, r->d, y->norm1_w, y->norm1_b, spurion_plain_rows(n, r->d), c->eps, c->norm,
                                      SPURION_OVERWRITE));

@@ -75,34 +75,54 @@ void spurion_cpu_free(spurion_dev *dev, void *p)
     free(p);
 }
 
-spurion_status spurion_cpu_upload(spurion_dev *dev, void *out, const void *host, size_t bytes)
+/* Bytes set to 0 (in NULL) or copied, in parts that all workers share. */
+typedef struct move_job {
+    char *out;
+    const char *in;
+    size_t bytes;
+} move_job;
+
+enum { MOVE_BYTES = 256 << 10 };
+
+static void move_item(void *context, int64_t item, int worker)
+{
+    const move_job *j = context;
+    size_t at = (size_t)item * MOVE_BYTES, n = j->bytes - at < MOVE_BYTES ? j->bytes - at : MOVE_BYTES;
+    (void)worker;
+    if (j->in == NULL) {
+        memset(j->out + at, 0, n);
+    } else {
+        memcpy(j->out + at, j->in + at, n);
+    }
+}
+
+static spurion_status move(spurion_dev *dev, void *out, const void *in, size_t bytes)
 {
     double start = spurion_cpu_now();
-    if (bytes > 0) {
-        memcpy(out, host, bytes);
-    }
-    spurion_cpu_count(dev, SPURION_CLASS_MOVE, start, 0, 2.0 * (double)bytes);
+    move_job job = {out, in, bytes};
+    spurion_pool_run(spurion_cpu_of(dev)->pool, move_item, &job, (int64_t)((bytes + MOVE_BYTES - 1) / MOVE_BYTES));
+    spurion_cpu_count(dev, SPURION_CLASS_MOVE, start, 0, (in == NULL ? 1.0 : 2.0) * (double)bytes);
     return spurion_ok();
+}
+
+spurion_status spurion_cpu_upload(spurion_dev *dev, void *out, const void *host, size_t bytes)
+{
+    return move(dev, out, host, bytes);
 }
 
 spurion_status spurion_cpu_download(spurion_dev *dev, void *host, const void *in, size_t bytes)
 {
-    return spurion_cpu_upload(dev, host, in, bytes);
+    return move(dev, host, in, bytes);
 }
 
 spurion_status spurion_cpu_copy(spurion_dev *dev, void *out, const void *in, size_t bytes)
 {
-    return spurion_cpu_upload(dev, out, in, bytes);
+    return move(dev, out, in, bytes);
 }
 
 spurion_status spurion_cpu_zero(spurion_dev *dev, void *out, size_t bytes)
 {
-    double start = spurion_cpu_now();
-    if (bytes > 0) {
-        memset(out, 0, bytes);
-    }
-    spurion_cpu_count(dev, SPURION_CLASS_MOVE, start, 0, (double)bytes);
-    return spurion_ok();
+    return move(dev, out, NULL, bytes);
 }
 
 spurion_status spurion_cpu_sync(spurion_dev *dev)
