@@ -79,14 +79,15 @@ static spurion_status weights_put(spurion_sae_weights *w, spurion_sae *s, const 
 {
     spurion_status st;
     size_t F = (size_t)f->F, d = (size_t)f->d;
+    int use = f->kind == SPURION_SAE_GROUPMAX ? SPURION_FORWARD : SPURION_SELECT; /* a group's best may be any of it */
 
     w->d = f->d;
     w->F = f->F;
     w->kind = f->kind;
     w->norm = f->norm;
     w->k = f->k;
-    SPURION_TRY(st, s->dev->ops->matrix_create(s->dev, &w->enc, f->enc, f->enc_bias, f->F, f->d, SPURION_FORWARD, dtype));
-    s->bytes += s->dev->ops->matrix_bytes(s->dev, f->F, f->d, SPURION_FORWARD, dtype);
+    SPURION_TRY(st, s->dev->ops->matrix_create(s->dev, &w->enc, f->enc, f->enc_bias, f->F, f->d, use, dtype));
+    s->bytes += s->dev->ops->matrix_bytes(s->dev, f->F, f->d, use, dtype);
     SPURION_TRY(st, put_floats(&w->threshold, s, f->threshold, F));
     SPURION_TRY(st, put_floats(&w->scale, s, f->scale, F));
     SPURION_TRY(st, put_floats(&w->gate_bias, s, f->gate_bias, F));

@@ -80,6 +80,9 @@ struct spurion_matrix {
     bool widen;                  /* bf16 values kept and multiplied as f32: this CPU has no bf16 product */
     float *bias;                 /* (N) or NULL */
     spurion_product forward, backward; /* outputs 0: direction not made */
+    /* SPURION_SELECT where bf16 products are much faster: forward is bf16, and exact values come from the rows (sae_screen.h) */
+    float *rows;                 /* (N, K) f32, or NULL */
+    float *row_norm, *row_loss;  /* (N): length of a row, and of what rounding to bf16 takes from it; rounded up */
 };
 
 spurion_status spurion_products_create(spurion_products **out, spurion_cpu *cpu) SPURION_MUST_USE;

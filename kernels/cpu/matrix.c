@@ -6,6 +6,7 @@
  * Thread: create and destroy engine; input and tile any worker. Memory: taken when a matrix is made. */
 #include <dlfcn.h>
 #include <pthread.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -330,7 +331,7 @@ static void gather_weights(void *out, const spurion_matrix *m, const float *w, i
         for (int i = 0; i < inner; i++) {
             float x = w[(size_t)o * row_stride + (size_t)i * column_stride];
             size_t at = (size_t)o * (size_t)inner + (size_t)i;
-            if (m->dtype == SPURION_F32) {
+            if (spurion_product_type(m) == SPURION_F32 && !m->widen) {
                 ((float *)out)[at] = x;
             } else if (m->widen) {
                 ((float *)out)[at] = widen_bf16(round_bf16(x));
@@ -446,19 +447,57 @@ static spurion_dtype stored_type(const spurion_products *p, spurion_dtype dtype)
 
 spurion_dtype spurion_product_type(const spurion_matrix *m)
 {
-    return m->widen ? SPURION_F32 : m->dtype;
+    return m->widen ? SPURION_F32 : m->rows != NULL ? SPURION_BF16 : m->dtype;
+}
+
+/* Whether few outputs of many are found faster in bf16 first. */
+static bool screens(const spurion_cpu *cpu, int directions, spurion_dtype dtype)
+{
+    return (directions & SPURION_SELECT) && cpu->amx && dtype == SPURION_F32;
+}
+
+static size_t screen_bytes(int N, int K)
+{
+    return (size_t)N * ((size_t)K + 2) * sizeof(float);
+}
+
+/* Keeps the rows as they are, and what sae_screen.h must know of each. */
+static spurion_status make_rows(spurion_matrix *m, const float *w)
+{
+    size_t N = (size_t)m->N, K = (size_t)m->K;
+    m->rows = malloc(N * K * sizeof *m->rows);
+    m->row_norm = malloc(N * sizeof *m->row_norm);
+    m->row_loss = malloc(N * sizeof *m->row_loss);
+    if (m->rows == NULL || m->row_norm == NULL || m->row_loss == NULL) {
+        return spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory for weights (%d, %d): %zu bytes", m->N, m->K, screen_bytes(m->N, m->K));
+    }
+    memcpy(m->rows, w, N * K * sizeof *m->rows);
+    for (size_t n = 0; n < N; n++) {
+        double whole = 0, lost = 0;
+        for (size_t k = 0; k < K; k++) {
+            double x = w[n * K + k], r = x - widen_bf16(round_bf16(w[n * K + k]));
+            whole += x * x;
+            lost += r * r;
+        }
+        m->row_norm[n] = (float)(sqrt(whole) * 1.0001);
+        m->row_loss[n] = (float)(sqrt(lost) * 1.0001);
+    }
+    return spurion_ok();
 }
 
 static spurion_status make_products(spurion_matrix *m, spurion_cpu *cpu, const float *w, int directions)
 {
     spurion_status st = spurion_ok();
-    spurion_dtype type = spurion_product_type(m);
     size_t k = (size_t)m->K;
 
-    if (directions & SPURION_FORWARD) {
+    if (screens(cpu, directions, m->dtype)) {
+        SPURION_TRY(st, make_rows(m, w));
+    }
+    spurion_dtype type = spurion_product_type(m);
+    if (directions & (SPURION_FORWARD | SPURION_SELECT)) {
         SPURION_TRY(st, product_shape(&m->forward, cpu, m->N, m->K, type));
         SPURION_TRY(st, product_pack(&m->forward, cpu->products, m, (weight_source){w, k, 1}));
-        SPURION_TRY(st, spurion_cpu_scratch(cpu, spurion_product_scratch(m, &m->forward)));
+        SPURION_TRY(st, spurion_cpu_scratch(cpu, spurion_product_scratch(m, &m->forward) + SPURION_INPUT_ROWS * k * sizeof(float)));
     }
     if (directions & SPURION_BACKWARD) {
         SPURION_TRY(st, product_shape(&m->backward, cpu, m->K, m->N, type));
@@ -508,6 +547,9 @@ void spurion_cpu_matrix_destroy(spurion_dev *dev, spurion_matrix *m)
     }
     product_fini(&m->forward);
     product_fini(&m->backward);
+    free(m->rows);
+    free(m->row_norm);
+    free(m->row_loss);
     free(m->bias);
     free(m);
 }
@@ -515,11 +557,12 @@ void spurion_cpu_matrix_destroy(spurion_dev *dev, spurion_matrix *m)
 size_t spurion_cpu_matrix_bytes(const spurion_dev *dev, int N, int K, int directions, spurion_dtype dtype)
 {
     const spurion_cpu *cpu = (const spurion_cpu *)dev;
-    spurion_dtype type = stored_type(cpu->products, dtype);
+    bool screened = screens(cpu, directions, dtype);
+    spurion_dtype type = screened ? SPURION_BF16 : stored_type(cpu->products, dtype);
     spurion_product forward, backward;
-    size_t bytes = sizeof(spurion_matrix) + (size_t)N * sizeof(float);
+    size_t bytes = sizeof(spurion_matrix) + (size_t)N * sizeof(float) + (screened ? screen_bytes(N, K) : 0);
 
-    if ((directions & SPURION_FORWARD) && product_shape(&forward, cpu, N, K, type).code == SPURION_OK) {
+    if ((directions & (SPURION_FORWARD | SPURION_SELECT)) && product_shape(&forward, cpu, N, K, type).code == SPURION_OK) {
         bytes += product_packed_bytes(&forward);
     }
     if ((directions & SPURION_BACKWARD) && product_shape(&backward, cpu, K, N, type).code == SPURION_OK) {

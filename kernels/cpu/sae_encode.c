@@ -6,6 +6,7 @@
 #include <stdatomic.h>
 
 #include "kernels/cpu/cpu.h"
+#include "kernels/cpu/sae_screen.h"
 #include "kernels/cpu/sae_select.h"
 
 enum { ROWS = SPURION_INPUT_ROWS, TOP_SLACK = 256 }; /* candidates beyond k before the worst are thrown out */
@@ -21,11 +22,16 @@ typedef struct encode_job {
     atomic_int failed;
 } encode_job;
 
+static bool screened(const spurion_sae_weights *sae)
+{
+    return sae->enc->rows != NULL;
+}
+
 static int entry_cap(const spurion_sae_weights *sae)
 {
     switch (sae->kind) {
     case SPURION_SAE_TOPK:
-        return 2 * sae->k + TOP_SLACK;
+        return (screened(sae) ? 6 : 2) * sae->k + TOP_SLACK;
     case SPURION_SAE_GROUPMAX:
         return sae->k;
     default:
@@ -100,6 +106,14 @@ static token_norm norm_of(const float *x, int d, spurion_sae_norm kind)
     return n;
 }
 
+/* u (d) f32 of one row. */
+static void norm_row(float *u, const float *x, token_norm n, int d)
+{
+    for (int c = 0; c < d; c += VW) {
+        v_store_n(u + c, (v_load_n(x + c, d - c) - n.shift) * n.factor, d - c);
+    }
+}
+
 /* Normed rows into the product's input: f32, bf16, or bf16 values as f32; zeros behind each row and behind the last. */
 static spurion_input prepare_input(const encode_job *j, int first, int rows, void *scratch, bool report)
 {
@@ -123,6 +137,23 @@ static spurion_input prepare_input(const encode_job *j, int first, int rows, voi
     }
     memset((char *)scratch + (size_t)rows * row_bytes, 0, (size_t)(ROWS - rows) * row_bytes);
     return (spurion_input){scratch, stride, rows};
+}
+
+/* What screening needs of a block beside its products: the rows in f32 (in the worker's scratch, above the product's) and their bounds. */
+typedef struct exact_input {
+    float *u; /* (ROWS, d) */
+    screen_bound bound[ROWS];
+} exact_input;
+
+static void prepare_exact(exact_input *e, const encode_job *j, int first, int rows, char *scratch)
+{
+    size_t d = (size_t)j->sae->d;
+    e->u = (float *)(void *)(scratch + spurion_product_scratch(j->sae->enc, &j->sae->enc->forward));
+    for (int r = 0; r < rows; r++) {
+        const float *x = j->x + (size_t)(first + r) * d;
+        norm_row(e->u + (size_t)r * d, x, norm_of(x, (int)d, j->sae->norm), (int)d);
+        e->bound[r] = screen_bound_of(e->u + (size_t)r * d, (int)d);
+    }
 }
 
 /* The part of a block's input that makes one tile. */
@@ -178,6 +209,17 @@ static void select_row_chunk(select_row *s, float *p, int n, int first, const en
     }
 }
 
+/* The same from products in bf16. */
+static void screen_row_chunk(select_row *s, const float *p, int n, int first, const encode_job *j, const exact_input *e, int row)
+{
+    const spurion_sae_weights *sae = j->sae;
+    if (sae->kind == SPURION_SAE_TOPK) {
+        screen_top(s, p, e->bound[row], sae, n, first, j->cap);
+    } else {
+        screen_list(s, p, e->u + (size_t)row * (size_t)sae->d, e->bound[row], sae, n, first, sae->slots);
+    }
+}
+
 static size_t block_of(const encode_job *j, int tile, int row, int span)
 {
     return ((size_t)(tile * ROWS + row)) * (size_t)j->spans + (size_t)span;
@@ -197,7 +239,7 @@ static void begin_rows(select_row *rows, const encode_job *j, int tile, int span
 static void end_rows(select_row *state, const encode_job *j, int tile, int span, int rows)
 {
     for (int r = 0; r < rows; r++) {
-        if (j->sae->kind == SPURION_SAE_TOPK) {
+        if (j->sae->kind == SPURION_SAE_TOPK && !screened(j->sae)) {
             select_shrink(&state[r], j->sae->k);
         }
         j->counts[2 * block_of(j, tile, r, span)] = state[r].count;
@@ -213,9 +255,17 @@ static void encode_item(void *context, int64_t item, int worker)
     int left = j->first_row + j->rows - first, rows = left < ROWS ? left : ROWS;
     int begin = p->chunk_count * span / j->spans, end = p->chunk_count * (span + 1) / j->spans;
     select_row state[ROWS];
+    exact_input exact;
+    exact.u = NULL;
     spurion_input input = prepare_input(j, first, rows, j->cpu->scratch[worker], span == 0);
 
     begin_rows(state, j, tile, span);
+    if (screened(j->sae)) {
+        prepare_exact(&exact, j, first, rows, j->cpu->scratch[worker]);
+    }
+    for (int r = 0; screened(j->sae) && r < rows; r++) {
+        state[r].count = isfinite(exact.bound[r].loss) || j->sae->kind != SPURION_SAE_TOPK ? 0 : -1;
+    }
     spurion_product_begin(j->cpu, p);
     for (int c = begin; c < end; c++) {
         int size = spurion_product_chunk_size(p, c);
@@ -229,7 +279,11 @@ static void encode_item(void *context, int64_t item, int worker)
                 break;
             }
             for (int r = 0; r < part.count; r++) {
-                select_row_chunk(&state[at + r], products + (size_t)r * stride, size, c * p->chunk, j);
+                if (screened(j->sae)) {
+                    screen_row_chunk(&state[at + r], products + (size_t)r * stride, size, c * p->chunk, j, &exact, at + r);
+                } else {
+                    select_row_chunk(&state[at + r], products + (size_t)r * stride, size, c * p->chunk, j);
+                }
             }
         }
     }
@@ -248,6 +302,18 @@ static int join_spans(uint64_t *e, const int32_t *counts, const encode_job *j)
         n += counts[2 * s];
     }
     return n;
+}
+
+/* Candidates of all spans to exact values; gives the number of positive ones. */
+static int join_screened(uint64_t *e, const int32_t *counts, const encode_job *j, size_t t, float *u)
+{
+    int d = j->sae->d, n = 0;
+    const float *x = j->x + t * (size_t)d;
+    for (int s = 0; s < j->spans; s++) {
+        n = counts[2 * s] < 0 ? -1 : n;
+    }
+    norm_row(u, x, norm_of(x, d, j->sae->norm), d);
+    return screen_finish(e, n < 0 ? n : join_spans(e, counts, j), j->cap, u, screen_bound_of(u, d), j->sae);
 }
 
 /* The best of each group over the spans, silent groups dropped; gives the number left. */
@@ -284,10 +350,9 @@ static void join_row(void *context, int64_t item, int worker)
     uint64_t *e = j->entries + block * (size_t)j->cap;
     const int32_t *counts = j->counts + 2 * block;
     int n, active = 0;
-    (void)worker;
 
     if (sae->kind == SPURION_SAE_TOPK) {
-        n = join_spans(e, counts, j);
+        n = screened(sae) ? join_screened(e, counts, j, t, (float *)(void *)j->cpu->scratch[worker]) : join_spans(e, counts, j);
         if (n > sae->k) {
             (void)select_largest(e, n, sae->k);
             n = sae->k;
@@ -323,7 +388,7 @@ spurion_status SPURION_CPU_OP(sae_encode)(spurion_dev *dev, spurion_sparse *out,
     encode_job job = {.cpu = spurion_cpu_of(dev), .out = out, .sae = sae, .x = x, .cap = entry_cap(sae)};
     int pass = pass_tiles(dev->thread_count) * ROWS;
 
-    if (sae->enc->forward.outputs != sae->F || (sae->kind == SPURION_SAE_GROUPMAX && (sae->k <= 0 || sae->F % sae->k != 0)) ||
+    if (sae->enc->forward.outputs != sae->F || (sae->kind == SPURION_SAE_GROUPMAX && (sae->k <= 0 || sae->F % sae->k != 0 || screened(sae))) ||
         (sae->kind == SPURION_SAE_TOPK && (sae->k <= 0 || sae->k > out->slots))) {
         return spurion_error(SPURION_INVALID_ARGUMENT, "SAE: expected an encoder of %d features and k that fits %d slots, found %d, k %d",
                              sae->F, out->slots, sae->enc->forward.outputs, sae->k);

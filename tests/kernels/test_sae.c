@@ -9,20 +9,21 @@ typedef struct sae_case {
     spurion_sae_kind kind;
     spurion_sae_norm norm;
     bool scaled;
+    int use; /* of the encoder: 0 stands for SPURION_FORWARD */
 } sae_case;
 
 static const sae_case cases[] = {
-    {1, 8, 16, 0, 16, SPURION_SAE_RELU, SPURION_SAE_NORM_NONE, false},
-    {70, 33, 700, 0, 700, SPURION_SAE_RELU, SPURION_SAE_NORM_NONE, true},
-    {65, 64, 1000, 0, 120, SPURION_SAE_JUMPRELU, SPURION_SAE_NORM_NONE, false},
-    {9, 40, 333, 0, 333, SPURION_SAE_JUMPRELU, SPURION_SAE_NORM_RESCALE, true},
-    {130, 48, 1100, 32, 32, SPURION_SAE_TOPK, SPURION_SAE_NORM_NONE, true},
-    {3, 24, 3000, 200, 200, SPURION_SAE_TOPK, SPURION_SAE_NORM_LAYER, false},
-    {5, 16, 40, 40, 40, SPURION_SAE_TOPK, SPURION_SAE_NORM_NONE, false},
-    {64, 72, 900, 0, 900, SPURION_SAE_GATED, SPURION_SAE_NORM_NONE, false},
-    {7, 33, 600, 0, 600, SPURION_SAE_GATED, SPURION_SAE_NORM_LAYER, false},
-    {66, 40, 1024, 16, 16, SPURION_SAE_GROUPMAX, SPURION_SAE_NORM_NONE, false},
-    {4, 24, 693, 99, 99, SPURION_SAE_GROUPMAX, SPURION_SAE_NORM_RESCALE, true},
+    {1, 8, 16, 0, 16, SPURION_SAE_RELU, SPURION_SAE_NORM_NONE, false, 0},
+    {70, 33, 700, 0, 700, SPURION_SAE_RELU, SPURION_SAE_NORM_NONE, true, 0},
+    {65, 64, 1000, 0, 120, SPURION_SAE_JUMPRELU, SPURION_SAE_NORM_NONE, false, 0},
+    {9, 40, 333, 0, 333, SPURION_SAE_JUMPRELU, SPURION_SAE_NORM_RESCALE, true, 0},
+    {130, 48, 1100, 32, 32, SPURION_SAE_TOPK, SPURION_SAE_NORM_NONE, true, 0},
+    {3, 24, 3000, 200, 200, SPURION_SAE_TOPK, SPURION_SAE_NORM_LAYER, false, 0},
+    {5, 16, 40, 40, 40, SPURION_SAE_TOPK, SPURION_SAE_NORM_NONE, false, 0},
+    {64, 72, 900, 0, 900, SPURION_SAE_GATED, SPURION_SAE_NORM_NONE, false, 0},
+    {7, 33, 600, 0, 600, SPURION_SAE_GATED, SPURION_SAE_NORM_LAYER, false, 0},
+    {66, 40, 1024, 16, 16, SPURION_SAE_GROUPMAX, SPURION_SAE_NORM_NONE, false, 0},
+    {4, 24, 693, 99, 99, SPURION_SAE_GROUPMAX, SPURION_SAE_NORM_RESCALE, true, 0},
 };
 
 /* Host copies of a dictionary, and the same on the device. */
@@ -53,7 +54,8 @@ static sae_data make(kt *t, sae_case c, spurion_dtype dtype)
     }
     spurion_sae_weights *g = &s.dev;
     *g = (spurion_sae_weights){.d = c.d, .F = c.F, .kind = c.kind, .norm = c.norm, .k = c.k, .slots = c.slots};
-    KT_OK(t->ops->matrix_create(t->dev, &g->enc, s.w, c.kind == SPURION_SAE_GATED ? NULL : s.bias, c.F, c.d, SPURION_FORWARD, dtype));
+    KT_OK(t->ops->matrix_create(t->dev, &g->enc, s.w, c.kind == SPURION_SAE_GATED ? NULL : s.bias, c.F, c.d, c.use ? c.use : SPURION_FORWARD,
+                               dtype));
     g->threshold = kt_in(t, s.threshold, F * 4), g->scale = c.scaled ? kt_in(t, s.scale, F * 4) : NULL;
     g->gate_bias = kt_in(t, s.gate, F * 4), g->mag_scale = kt_in(t, s.mag_scale, F * 4), g->mag_bias = kt_in(t, s.mag, F * 4);
     g->dec = kt_in(t, s.dec, F * d * 4), g->dec_bias = kt_in(t, s.dec_bias, d * 4);
@@ -230,6 +232,12 @@ static void test_sae_encode_matches_loops(void **state)
     for (size_t i = 0; i < KT_COUNT(cases); i++) {
         encode_case(SPURION_F32, SPURION_F32, cases[i]);
         encode_case(SPURION_BF16, SPURION_F32, cases[i]); /* a dictionary in f32 on a bf16 device */
+        if (cases[i].kind != SPURION_SAE_GROUPMAX) {
+            sae_case screened = cases[i];
+            screened.use = SPURION_SELECT;
+            encode_case(SPURION_F32, SPURION_F32, screened);
+            encode_case(SPURION_BF16, SPURION_F32, screened);
+        }
         if (cases[i].norm == SPURION_SAE_NORM_NONE) {     /* with a norm a rounding of u may flip decisions: no exact reference */
             encode_case(SPURION_BF16, SPURION_BF16, cases[i]);
         }
@@ -241,16 +249,16 @@ static void test_sae_topk_gives_ties_to_the_lowest_index(void **state)
 {
     (void)state;
     enum { F = 2000, T = 6 };
-    for (int k = 1; k <= 300; k = k * 3 + 1) {
+    for (int k = 1, use = SPURION_FORWARD; k <= 300; k = use == SPURION_FORWARD ? k : k * 3 + 1, use ^= SPURION_FORWARD ^ SPURION_SELECT) {
         kt t;
         kt_open(&t, SPURION_F32, 2);
-        sae_data s = make(&t, (sae_case){T, 1, F, k, k, SPURION_SAE_TOPK, SPURION_SAE_NORM_NONE, false}, SPURION_F32);
+        sae_data s = make(&t, (sae_case){T, 1, F, k, k, SPURION_SAE_TOPK, SPURION_SAE_NORM_NONE, false, 0}, SPURION_F32);
         t.ops->matrix_destroy(t.dev, s.dev.enc);
         double f[F];
         for (int i = 0; i < F; i++) {
             s.w[i] = (float)kt_below(&t, 40) - 20.0f;
         }
-        KT_OK(t.ops->matrix_create(t.dev, &s.dev.enc, s.w, NULL, F, 1, SPURION_FORWARD, SPURION_F32));
+        KT_OK(t.ops->matrix_create(t.dev, &s.dev.enc, s.w, NULL, F, 1, use, SPURION_F32));
         for (int i = 0; i < T; i++) {
             s.x[i] = (float)(i - 2); /* negative, zero, positive: orders of selection of their own */
         }
@@ -280,7 +288,7 @@ static void test_sae_lists_say_when_they_overflow(void **state)
     (void)state;
     kt t;
     kt_open(&t, SPURION_F32, 2);
-    sae_case small = {5, 16, 900, 0, 10, SPURION_SAE_RELU, SPURION_SAE_NORM_NONE, false}, large = small;
+    sae_case small = {5, 16, 900, 0, 10, SPURION_SAE_RELU, SPURION_SAE_NORM_NONE, false, 0}, large = small;
     large.slots = 900;
     sae_data s = make(&t, small, SPURION_F32);
     sparse_copy r = encode(&t, &s, s.x, 5);
@@ -302,6 +310,7 @@ static void test_sae_token_does_not_depend_on_company_or_threads(void **state)
     (void)state;
     for (size_t n = 0; n < KT_COUNT(cases); n++) {
         sae_case c = cases[n];
+        c.use = n % 2 || c.kind == SPURION_SAE_GROUPMAX ? SPURION_FORWARD : SPURION_SELECT;
         kt t, many;
         kt_open(&t, SPURION_BF16, 1);
         sae_data s = make(&t, c, n % 2 ? SPURION_BF16 : SPURION_F32);
@@ -332,7 +341,7 @@ static void test_sae_scratch_grows_with_rows(void **state)
     (void)state;
     kt t;
     kt_open(&t, SPURION_F32, 8);
-    sae_data s = make(&t, (sae_case){1, 8, 4000, 20, 20, SPURION_SAE_TOPK, SPURION_SAE_NORM_NONE, false}, SPURION_F32);
+    sae_data s = make(&t, (sae_case){1, 8, 4000, 20, 20, SPURION_SAE_TOPK, SPURION_SAE_NORM_NONE, false, 0}, SPURION_F32);
     size_t before = 0;
     for (int T = 1; T < 5000; T += 61) {
         size_t bytes = t.ops->sae_scratch_bytes(t.dev, &s.dev, T);
@@ -451,7 +460,7 @@ static void test_sae_zero_row_has_no_features_of_its_own_scale(void **state)
     (void)state;
     kt t;
     kt_open(&t, SPURION_F32, 1);
-    sae_data s = make(&t, (sae_case){2, 16, 64, 8, 8, SPURION_SAE_TOPK, SPURION_SAE_NORM_RESCALE, false}, SPURION_F32);
+    sae_data s = make(&t, (sae_case){2, 16, 64, 8, 8, SPURION_SAE_TOPK, SPURION_SAE_NORM_RESCALE, false, 0}, SPURION_F32);
     memset(s.x, 0, 16 * sizeof *s.x);
     sparse_copy r = encode(&t, &s, s.x, 2);
     assert_true(r.scale[0] == 0 && r.shift[0] == 0 && r.count[0] > 0);
@@ -468,7 +477,7 @@ static void test_sae_refuses_what_does_not_fit(void **state)
     (void)state;
     kt t;
     kt_open(&t, SPURION_F32, 1);
-    sae_data s = make(&t, (sae_case){1, 16, 64, 8, 8, SPURION_SAE_TOPK, SPURION_SAE_NORM_NONE, false}, SPURION_F32);
+    sae_data s = make(&t, (sae_case){1, 16, 64, 8, 8, SPURION_SAE_TOPK, SPURION_SAE_NORM_NONE, false, 0}, SPURION_F32);
     spurion_sparse out = {.slots = 4};
     float x[16] = {0};
     assert_int_equal(t.ops->sae_encode(t.dev, &out, &s.dev, x, x, 1).code, SPURION_INVALID_ARGUMENT);

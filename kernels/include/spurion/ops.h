@@ -18,7 +18,10 @@ extern "C" {
 /* Weights (N, K) prepared for products in one or both directions, with an optional bias (N). Read-only once made. */
 typedef struct spurion_matrix spurion_matrix;
 
-enum { SPURION_FORWARD = 1, SPURION_BACKWARD = 2 };
+/* SELECT: only sae_encode reads it, which keeps few outputs of a row: a backend may find those first in a cheaper type, as long as what
+ * it keeps and their values are those of a product in the matrix's dtype. Else as FORWARD. Not together with another direction,
+ * not for GROUPMAX. */
+enum { SPURION_FORWARD = 1, SPURION_BACKWARD = 2, SPURION_SELECT = 4 };
 
 typedef enum spurion_write { SPURION_OVERWRITE = 0, SPURION_ACCUMULATE = 1 } spurion_write;
 
