@@ -168,12 +168,13 @@ static bool raw_piece(tok_work *w, int32_t id, const char *s, size_t begin, size
            tok_added_split(w, &w->t->normalized, normal, bytes, first && begin == 0, normal_first, normalized_piece);
 }
 
-spurion_status spurion_tokenizer_encode(spurion_ids *out, const spurion_tokenizer *t, const char *text, size_t bytes)
+spurion_status tok_encode(spurion_ids *out, uint64_t *steps, const spurion_tokenizer *t, const char *text, size_t bytes)
 {
     size_t count = out->count, offset = 0;
     spurion_status st;
     tok_work w;
 
+    *steps = 0;
     if (bytes > SPURION_TOKENIZER_TEXT_BYTES_MAX) {
         return spurion_error(SPURION_RESOURCE_EXHAUSTED, "expected a text of at most %u bytes, found %zu",
                              SPURION_TOKENIZER_TEXT_BYTES_MAX, bytes);
@@ -188,8 +189,15 @@ spurion_status spurion_tokenizer_encode(spurion_ids *out, const spurion_tokenize
         out->count = count;
     }
     st = w.error;
+    *steps = w.steps;
     tok_work_fini(&w);
     return st;
+}
+
+spurion_status spurion_tokenizer_encode(spurion_ids *out, const spurion_tokenizer *t, const char *text, size_t bytes)
+{
+    uint64_t steps = 0;
+    return tok_encode(out, &steps, t, text, bytes);
 }
 
 /* ---- texts of tokens, for reports ---- */

@@ -75,10 +75,12 @@ void tok_trie_fini(tok_trie *trie)
 }
 
 /* Longest token that begins at s[at]; returns its index or -1. */
-static int32_t trie_match(size_t *end, const tok_trie *trie, const char *s, size_t n, size_t at)
+static int32_t trie_match(size_t *end, tok_work *w, const tok_trie *trie, const char *s, size_t n, size_t at)
 {
     int32_t node = trie->first[(unsigned char)s[at]], found = -1;
+    w->steps++;
     while (node >= 0) {
+        w->steps++;
         at++;
         if (trie->nodes[node].added >= 0) {
             found = trie->nodes[node].added;
@@ -127,7 +129,7 @@ bool tok_added_split(tok_work *w, const tok_trie *trie, const char *s, size_t n,
     size_t done = 0, end = 0;
 
     for (size_t at = 0; trie->count > 0 && at < n;) {
-        int32_t index = trie_match(&end, trie, s, n, at);
+        int32_t index = trie_match(&end, w, trie, s, n, at);
         const tok_added *added;
         size_t begin = at;
         if (index < 0) {

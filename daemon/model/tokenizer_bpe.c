@@ -168,10 +168,11 @@ void tok_bpe_fini(tok_bpe *bpe)
 
 /* ---- the heap ---- */
 
-static void heap_down(uint64_t *heap, size_t count, size_t i)
+static void heap_down(tok_work *w, size_t i)
 {
-    uint64_t key = heap[i];
-    for (;;) {
+    uint64_t *heap = w->heap, key = heap[i];
+    const size_t count = w->heap_count;
+    for (;; w->steps++) {
         size_t child = 2 * i + 1;
         if (child >= count) {
             break;
@@ -186,22 +187,24 @@ static void heap_down(uint64_t *heap, size_t count, size_t i)
     heap[i] = key;
 }
 
-static void heap_push(uint64_t *heap, size_t *count, uint64_t key)
+static void heap_push(tok_work *w, uint64_t key)
 {
-    size_t i = (*count)++;
+    uint64_t *heap = w->heap;
+    size_t i = w->heap_count++;
     while (i > 0 && heap[(i - 1) / 2] > key) {
         heap[i] = heap[(i - 1) / 2];
         i = (i - 1) / 2;
+        w->steps++;
     }
     heap[i] = key;
 }
 
-static uint64_t heap_pop(uint64_t *heap, size_t *count)
+static uint64_t heap_pop(tok_work *w)
 {
-    uint64_t top = heap[0];
-    heap[0] = heap[--*count];
-    if (*count > 0) {
-        heap_down(heap, *count, 0);
+    uint64_t top = w->heap[0];
+    w->heap[0] = w->heap[--w->heap_count];
+    if (w->heap_count > 0) {
+        heap_down(w, 0);
     }
     return top;
 }
@@ -349,9 +352,11 @@ static bool first_symbols(tok_work *w, const char *s, size_t n)
 
 static void push_pair(tok_work *w, int32_t left, int32_t right)
 {
-    const tok_merge *m = merge_find(&w->t->bpe, w->symbols[left].id, w->symbols[right].id);
+    const tok_merge *m;
+    w->steps++;
+    m = merge_find(&w->t->bpe, w->symbols[left].id, w->symbols[right].id);
     if (m != NULL) {
-        heap_push(w->heap, &w->heap_count, (uint64_t)m->rank << 32 | (uint32_t)left);
+        heap_push(w, (uint64_t)m->rank << 32 | (uint32_t)left);
     }
 }
 
@@ -362,6 +367,7 @@ static void merge_all(tok_work *w)
     tok_symbol *symbols = w->symbols;
 
     w->heap_count = 0;
+    w->steps += w->symbol_count;
     for (size_t i = 0; i + 1 < w->symbol_count; i++) {
         const tok_merge *m = merge_find(bpe, symbols[i].id, symbols[i + 1].id);
         if (m != NULL) {
@@ -369,10 +375,10 @@ static void merge_all(tok_work *w)
         }
     }
     for (size_t i = w->heap_count / 2; i-- > 0;) {
-        heap_down(w->heap, w->heap_count, i);
+        heap_down(w, i);
     }
     while (w->heap_count > 0) {
-        uint64_t top = heap_pop(w->heap, &w->heap_count);
+        uint64_t top = heap_pop(w);
         int32_t at = (int32_t)(uint32_t)top, right = symbols[at].next;
         int32_t made = bpe->rank_id[top >> 32];
         const tok_merge *now;

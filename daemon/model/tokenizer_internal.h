@@ -184,6 +184,7 @@ typedef struct tok_work {
     const spurion_tokenizer *t;
     spurion_ids *out;
     spurion_status error;
+    uint64_t steps; /* characters classified, trie nodes, pairs looked up, moves in the heap: what must not grow faster than n log n */
     tok_buf normal[2];
     tok_buf stage[TOK_STAGES_MAX];       /* text of the stage after its rewriting */
     tok_buf stage_piece[TOK_STAGES_MAX]; /* byte-level spelling of one piece */
@@ -199,6 +200,9 @@ typedef struct tok_work {
 
 void tok_work_init(tok_work *w, const spurion_tokenizer *t, spurion_ids *out);
 void tok_work_fini(tok_work *w);
+/* spurion_tokenizer_encode; *steps counts the work, for tests. */
+spurion_status tok_encode(spurion_ids *out, uint64_t *steps, const spurion_tokenizer *t, const char *text, size_t bytes)
+    SPURION_MUST_USE;
 bool tok_fail(tok_work *w, spurion_status error); /* keeps the first error; returns false */
 bool tok_fail_memory(tok_work *w);
 bool tok_reserve(tok_work *w, tok_buf *b, size_t more);

@@ -281,15 +281,16 @@ void tok_region_free(void *region)
 
 typedef enum char_class { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE, CLASS_END } char_class;
 
-static char_class class_of(int *bytes, const uint8_t *classes, const char *s, size_t n, size_t at)
+static char_class class_of(int *bytes, tok_work *w, const char *s, size_t n, size_t at)
 {
     uint32_t c, category;
+    w->steps++;
     if (at >= n) {
         *bytes = 0;
         return CLASS_END;
     }
     c = spurion_utf8_decode(bytes, s + at);
-    category = classes[c] & SPURION_UNICODE_CATEGORY;
+    category = w->t->classes[c] & SPURION_UNICODE_CATEGORY;
     if (BITS_LETTER >> category & 1) {
         return CLASS_LETTER;
     }
@@ -300,10 +301,10 @@ static char_class class_of(int *bytes, const uint8_t *classes, const char *s, si
 }
 
 /* End of the run of one class that begins at `at`. */
-static size_t run_end(const uint8_t *classes, const char *s, size_t n, size_t at, char_class wanted)
+static size_t run_end(tok_work *w, const char *s, size_t n, size_t at, char_class wanted)
 {
     int bytes;
-    while (class_of(&bytes, classes, s, n, at) == wanted) {
+    while (class_of(&bytes, w, s, n, at) == wanted) {
         at += (size_t)bytes;
     }
     return at;
@@ -337,25 +338,25 @@ static size_t spaces_end(const char *s, size_t n, size_t at, size_t run)
     return last > at ? last : run;
 }
 
-static size_t gpt2_end(const uint8_t *classes, const char *s, size_t n, size_t at)
+static size_t gpt2_end(tok_work *w, const char *s, size_t n, size_t at)
 {
     int bytes, next_bytes;
-    char_class c = class_of(&bytes, classes, s, n, at);
+    char_class c = class_of(&bytes, w, s, n, at);
     size_t taken = s[at] == '\'' ? contraction(s + at, n - at, false) : 0;
 
     if (taken > 0) {
         return at + taken;
     }
     if (s[at] == ' ') {
-        char_class next = class_of(&next_bytes, classes, s, n, at + 1);
+        char_class next = class_of(&next_bytes, w, s, n, at + 1);
         if (next != CLASS_SPACE && next != CLASS_END) {
-            return run_end(classes, s, n, at + 1, next);
+            return run_end(w, s, n, at + 1, next);
         }
     }
     if (c != CLASS_SPACE) {
-        return run_end(classes, s, n, at, c);
+        return run_end(w, s, n, at, c);
     }
-    return spaces_end(s, n, at, run_end(classes, s, n, at, CLASS_SPACE));
+    return spaces_end(s, n, at, run_end(w, s, n, at, CLASS_SPACE));
 }
 
 static bool is_newline(char c)
@@ -363,34 +364,34 @@ static bool is_newline(char c)
     return c == '\r' || c == '\n';
 }
 
-static size_t chat_end(const uint8_t *classes, const char *s, size_t n, size_t at, int digits_max)
+static size_t chat_end(tok_work *w, const char *s, size_t n, size_t at, int digits_max)
 {
     int bytes, next_bytes;
-    char_class c = class_of(&bytes, classes, s, n, at), next;
+    char_class c = class_of(&bytes, w, s, n, at), next;
     size_t taken = s[at] == '\'' ? contraction(s + at, n - at, true) : 0;
     size_t end = at, newline = 0;
 
     if (taken > 0) {
         return at + taken;
     }
-    next = class_of(&next_bytes, classes, s, n, at + (size_t)bytes);
+    next = class_of(&next_bytes, w, s, n, at + (size_t)bytes);
     if (c == CLASS_LETTER || (c != CLASS_NUMBER && !is_newline(s[at]) && next == CLASS_LETTER)) {
-        return run_end(classes, s, n, at + (size_t)bytes, CLASS_LETTER);
+        return run_end(w, s, n, at + (size_t)bytes, CLASS_LETTER);
     }
     if (c == CLASS_NUMBER) {
-        for (int i = 0; i < digits_max && class_of(&bytes, classes, s, n, end) == CLASS_NUMBER; i++) {
+        for (int i = 0; i < digits_max && class_of(&bytes, w, s, n, end) == CLASS_NUMBER; i++) {
             end += (size_t)bytes;
         }
         return end;
     }
     if (c == CLASS_OTHER || (s[at] == ' ' && next == CLASS_OTHER)) {
-        end = run_end(classes, s, n, at + (size_t)bytes, CLASS_OTHER);
+        end = run_end(w, s, n, at + (size_t)bytes, CLASS_OTHER);
         while (end < n && is_newline(s[end])) {
             end++;
         }
         return end;
     }
-    end = run_end(classes, s, n, at, CLASS_SPACE);
+    end = run_end(w, s, n, at, CLASS_SPACE);
     for (newline = end; newline > at && !is_newline(s[newline - 1]); newline--) {
     }
     return newline > at ? newline : spaces_end(s, n, at, end);
@@ -486,8 +487,8 @@ bool tok_pattern_next(bool *found, size_t *begin, size_t *end, tok_work *w, cons
     case TOK_PATTERN_CHAT:
         if (m->at < m->n) {
             *begin = m->at;
-            *end = p->kind == TOK_PATTERN_GPT2 ? gpt2_end(classes, m->s, m->n, m->at)
-                                               : chat_end(classes, m->s, m->n, m->at, p->digits_max);
+            *end = p->kind == TOK_PATTERN_GPT2 ? gpt2_end(w, m->s, m->n, m->at)
+                                               : chat_end(w, m->s, m->n, m->at, p->digits_max);
             m->at = *end;
             *found = true;
         }

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Compares spurion-tokenize with the `tokenizers` library on fuzzed strings; zero differences are wanted.
 
-    fuzz_tokenizers.py [--count 200000] [--seed 1] [--tool PATH] [--shared DIR] [--only NAME,..] [--texts]
+    fuzz_tokenizers.py [--count 200000] [--seed 1] [--tool PATH] [--shared DIR] [--only NAME,..] [--texts] [--large] [--file NAME=PATH]
     fuzz_tokenizers.py --unicode-data FILE      writes daemon/model/unicode_data.c from the library
     fuzz_tokenizers.py --time                   bytes per second of spurion-tokenize on ordinary text
 
-Files: the real ones of SHARED/tokenizers and SHARED/example_cases, and files of the other pipelines (Llama-3, Qwen, Gemma, Mistral,
-Llama-2, GPT-4o's regex, SmolLM, and odd ones) trained here on a small text. The library must be importable; the tool is
-SPURION_TOKENIZE or --tool; SHARED is SPURION_SHARED or ../shared beside the source tree. Exit status 1 when anything differs.
+Files: the real ones of SHARED/tokenizers and SHARED/example_cases, those named by --file, and files of the other pipelines (Llama-3,
+Qwen, Gemma, Mistral, Llama-2, GPT-4o's regex, SmolLM, and odd ones) trained here: on a small text of its own, or with --large on the
+preference pairs of SHARED, with vocabularies of about 20,000 tokens (then without the odd
+ones). The library must be importable; the tool is SPURION_TOKENIZE or --tool; SHARED is SPURION_SHARED or ../shared beside the source tree. Exit status 1 when anything differs.
 """
 import argparse, glob, gzip, json, os, random, subprocess, sys, tempfile, time
 
@@ -24,13 +25,22 @@ GPT4O = "|".join([
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
     r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"])
+NEMO = "|".join([r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
+                 r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
+                 r"\p{N}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"])
 META = "\u2581"
+
+
+# What trained files are made from; --large sets both.
+TRAINING = {"texts": None, "scale": 1}
 
 
 # ---- files -------------------------------------------------------------------------------------------------------------
 
 def corpus():
-    """Small fixed text with the things real text has; only for training."""
+    """Small fixed text with the things real text has, or TRAINING's texts; only for training."""
+    if TRAINING["texts"]:
+        return TRAINING["texts"]
     rng = random.Random(7)
     words = ("the of and to in a is that it was for on are as with his they at be this from I have or by one had not but what all were "
              "when we there can an your which their said if do will each about how up out them then she many some so these would other into "
@@ -51,7 +61,7 @@ def byte_level(vocab, normalizer, pre, **model):
         t.normalizer = normalizer
     t.pre_tokenizer = pre
     t.decoder = decoders.ByteLevel()
-    t.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=vocab, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    t.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=vocab * TRAINING["scale"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     return t
 
 
@@ -111,7 +121,7 @@ def spm(vocab, normalizer, pre, unk="<unk>", byte_fallback=True, fuse_unk=True, 
     trainee = Tokenizer(models.BPE(unk_token=unk))
     trainee.normalizer = normalizers.Sequence([*([normalizer] if normalizer else []), normalizers.Prepend(META), normalizers.Replace(" ", META)])
     trainee.pre_tokenizer = pre_tokenizers.Split(META, "merged_with_next")
-    trainee.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=vocab, special_tokens=tokens, limit_alphabet=120, show_progress=False))
+    trainee.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=vocab * TRAINING["scale"], special_tokens=tokens, limit_alphabet=120, show_progress=False))
     d, e = json.loads(t.to_str()), json.loads(trainee.to_str())
     d["model"]["vocab"], d["model"]["merges"] = e["model"]["vocab"], e["model"]["merges"]
     size = len(d["model"]["vocab"])
@@ -143,8 +153,8 @@ def template(t, before=(), after=()):
     return t
 
 
-def trained():
-    """name -> Tokenizer of the pipelines that have no real file here."""
+def pipelines():
+    """name -> Tokenizer of the published pipelines that have no real file here."""
     out = {}
     bl, seq = pre_tokenizers.ByteLevel, pre_tokenizers.Sequence
     llama3 = all_merges(byte_level(1500, None, with_regex(LLAMA3)))
@@ -153,8 +163,11 @@ def trained():
     out["llama3"] = llama3
     qwen = byte_level(1500, normalizers.NFC(), with_regex(QWEN))
     qwen.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
-    qwen.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+    qwen.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False), AddedToken("<tool_call>", normalized=False)])
     out["qwen"] = qwen
+    out["mistral-nemo"] = byte_level(1500, None, with_regex(NEMO))
+    out["mistral-nemo"].add_special_tokens(["<unk>", "<s>", "</s>", "[INST]", "[/INST]"])
+    template(out["mistral-nemo"], ["<s>"])
     out["gpt4o"] = byte_level(1500, None, with_regex(GPT4O))
     out["smollm"] = byte_level(1500, None, seq([pre_tokenizers.Digits(individual_digits=True), bl(add_prefix_space=False)]))
     prepend = normalizers.Sequence([normalizers.Prepend(META), normalizers.Replace(" ", META)])
@@ -162,8 +175,15 @@ def trained():
     out["mistral"] = template(spm(1200, None, pre_tokenizers.Metaspace(META, prepend_scheme="first", split=False)), ["<s>"])
     gemma = spm(1200, normalizers.Replace(" ", META), pre_tokenizers.Split(" ", "merged_with_previous"), special=("<bos>", "<eos>"))
     gemma.add_special_tokens(["<start_of_turn>", "<end_of_turn>"])
+    # as in the published file: runs of newlines and spaces and some tags are added tokens that are not special
+    gemma.add_tokens([AddedToken(x, normalized=False) for x in ["\n" * n for n in range(2, 32)] + [META * n for n in range(2, 32)] + ["<b>", "</table>", "<unused0>"]])
     out["gemma"] = template(gemma, ["<bos>"])
-    # odd ones, for the rules no known family uses
+    return out
+
+
+def odd(known):
+    """name -> Tokenizer for the rules that no known family uses, and of known ones (name -> Tokenizer) with every pair a token."""
+    out, bl, seq = {}, pre_tokenizers.ByteLevel, pre_tokenizers.Sequence
     out["odd-bytes"] = odd_added(byte_level(800, normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()]),
                                             seq([pre_tokenizers.Digits(individual_digits=False), bl(add_prefix_space=True)])))
     out["odd-bytes"] = template(out["odd-bytes"], ["<|im_end|>", "[ONE]"], ["<|start_header_id|>"])
@@ -183,15 +203,15 @@ def trained():
         out["odd-split%d" % i] = byte_level(400, None, seq([split(regex, behavior, invert), bl(add_prefix_space=False, use_regex=i % 2 == 0)]))
     out["odd-normbytes"] = byte_level(700, normalizers.Sequence([normalizers.Replace("e", ""), normalizers.ByteLevel()]), split("\u0120", "merged_with_next"))
     for name in ("llama3", "qwen", "gpt4o", "smollm", "odd-bytes", *["odd-split%d" % i for i in range(6)]):
-        out["pairs-" + name] = pairs(out[name])
+        out["pairs-" + name] = pairs((known | out)[name])
     out["pairs-gpt2"] = pairs(byte_level(300, None, bl(add_prefix_space=False)))
     out["odd-dense"] = dense()
     return out
 
 
-def files(shared, into, only):
+def files(shared, into, only, named):
     """(name, path) of every tokenizer.json under test."""
-    found = []
+    found = [tuple(x.split("=", 1)) for x in named]
     for path in sorted(glob.glob(os.path.join(shared, "data", "tokenizers", "*.json.gz"))):
         name = os.path.basename(path).split(".")[0]
         target = os.path.join(into, name + ".json")
@@ -200,9 +220,14 @@ def files(shared, into, only):
         found.append((name, target))
     for path in sorted(glob.glob(os.path.join(shared, "data", "example_cases", "*", "model", "tokenizer.json"))):
         found.append(("case-" + path.split(os.sep)[-3], path))
-    if not found:
+    if len(found) == len(named):
         print("SKIP real tokenizers: none under %s" % shared)
-    for name, t in trained().items():
+    if only and only <= {x[0] for x in found}:
+        return [x for x in found if x[0] in only]
+    made = pipelines()
+    if not TRAINING["texts"]:
+        made |= odd(made)
+    for name, t in made.items():
         target = os.path.join(into, name + ".json")
         t.save(target)
         found.append((name, target))
@@ -452,6 +477,8 @@ def main():
     p.add_argument("--tool", default=os.environ.get("SPURION_TOKENIZE", "spurion-tokenize"))
     p.add_argument("--shared", default=os.environ.get("SPURION_SHARED", os.path.join(os.path.dirname(SOURCE), "shared")))
     p.add_argument("--only", default="")
+    p.add_argument("--large", action="store_true", help="train on the preference pairs of SHARED, vocabularies of about 20,000")
+    p.add_argument("--file", action="append", default=[], metavar="NAME=PATH", help="one more tokenizer.json")
     p.add_argument("--texts", action="store_true", help="also every text of the shared data")
     p.add_argument("--time", action="store_true")
     p.add_argument("--save", help="keep the trained files in this directory")
@@ -460,12 +487,16 @@ def main():
     if a.unicode_data:
         write_unicode_data(a.unicode_data)
         return 0
+    if a.large:
+        TRAINING.update(texts=real_texts(a.shared)[::12], scale=14)  # 3 MB of the 33
+        if not TRAINING["texts"]:
+            sys.exit("fuzz_tokenizers: expected texts under %s, found none" % a.shared)
     total = 0
     with tempfile.TemporaryDirectory() as temporary:
         into = a.save or temporary
         os.makedirs(into, exist_ok=True)
         texts = real_texts(a.shared) if a.texts or a.time else []
-        for name, path in files(a.shared, into, set(filter(None, a.only.split(",")))):
+        for name, path in files(a.shared, into, set(filter(None, a.only.split(","))), a.file):
             if a.time:
                 size = sum(len(s.encode()) for s in texts)
                 seconds = time_tool(a.tool, path, texts)

@@ -2,7 +2,8 @@
 
 PATH is a ``.pt``, ``.pth`` or ``.bin`` file, or a directory of such files. For each a safetensors file of the same stem is written beside
 it, with the same tensor names, every tensor contiguous. Loading is torch's ``weights_only=True``: nothing in the file is run.
-Needs torch and nothing else. Exit status: 0 done, 1 something could not be converted, 64 wrong usage.
+A ``.gguf`` file becomes a checkpoint directory of the same stem beside it (gguf_weights.py).
+Needs torch; for GGUF also the package gguf. Exit status: 0 done, 1 something could not be converted, 64 wrong usage.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 SUFFIXES = (".pt", ".pth", ".bin")
+GGUF = ".gguf"
 # What trainers leave beside the weights: no tensors of a model.
 NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "trainer_state", "rng_state", "random_states")
 WRAPPERS = ("state_dict", "model_state_dict", "sae")
@@ -152,16 +154,17 @@ def convert_index(path: Path, force: bool = False) -> Path | None:
 
 
 def sources(path: Path) -> list[Path]:
-    """The pickles at a path, in the order of their names."""
+    """The pickles and GGUF files at a path, in the order of their names."""
+    endings = (*SUFFIXES, GGUF)
     if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise ConvertError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}, found {path.suffix or 'no ending'}")
+        if path.suffix not in endings:
+            raise ConvertError(f"{path}: expected a file ending in {', '.join(endings)}, found {path.suffix or 'no ending'}")
         return [path]
     if not path.is_dir():
         raise ConvertError(f"{path}: expected a file or directory, found nothing")
-    found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file() and not p.name.startswith(NOT_WEIGHTS))
+    found = sorted(p for p in path.iterdir() if p.suffix in endings and p.is_file() and not p.name.startswith(NOT_WEIGHTS))
     if not found:
-        raise ConvertError(f"{path}: expected files ending in {', '.join(SUFFIXES)}, found none")
+        raise ConvertError(f"{path}: expected files ending in {', '.join(endings)}, found none")
     return found
 
 
@@ -173,9 +176,10 @@ def _report(source: Path, target: Path | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="spurion-convert", description="Rewrites .pt, .pth and .bin checkpoints as safetensors beside them.")
+    parser = argparse.ArgumentParser(prog="spurion-convert", description="Rewrites .pt, .pth and .bin checkpoints as safetensors beside them, and .gguf files as checkpoint directories.")
     parser.add_argument("path", type=Path, help="a file, or a directory of files")
     parser.add_argument("--force", action="store_true", help="write files that are there already anew")
+    parser.add_argument("--pre-tokenizer", metavar="NAME", help="for .gguf: the splitting of a byte-level vocabulary, where the file does not say it")
     try:
         arguments = parser.parse_args(argv)
     except SystemExit as stop:
@@ -193,7 +197,12 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     for source in files:
         try:
-            _report(source, convert_file(source, arguments.force))
+            if source.suffix == GGUF:
+                from .gguf_weights import convert_gguf
+
+                _report(source, convert_gguf(source, arguments.force, arguments.pre_tokenizer))
+            else:
+                _report(source, convert_file(source, arguments.force))
         except (ConvertError, OSError) as error:
             print(f"spurion-convert: {error}", file=sys.stderr)
             failed = True
@@ -204,4 +213,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from spurion.convert import main as run  # under its own name, so that its errors are one class everywhere
+
+    sys.exit(run())
