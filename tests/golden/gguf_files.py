@@ -108,9 +108,10 @@ def add_tokenizer(writer, document: dict, kind: str, pre: str | None, **flags) -
         writer.add_tokenizer_pre(pre)
     if kind == "gpt2":
         writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in document["model"]["merges"]])
-    else:  # SentencePiece trains BPE in the order of ids: score 0 for what is no merge, then -1, -2, ...
+    else:  # SentencePiece trains BPE in the order of ids: scores 0, -1, -2, ..., and a very low one for runs of spaces, as Llama has it
         first = next(n for n, t in enumerate(types) if n > 0 and t == 1)
-        writer.add_token_scores([-float(max(0, n - first)) for n in range(len(tokens))])
+        runs = [len(t) > 1 and set(t) == {"\u2581"} for t in tokens]
+        writer.add_token_scores([-1e9 if run else -float(max(0, n - first)) for n, run in enumerate(runs)])
     for name, value in flags.items():
         getattr(writer, f"add_{name}")(value)
 

@@ -227,8 +227,11 @@ def test_gguf_pipeline_by_name(tmp_path, pipelines, name):
         sys.path.insert(0, str(ROOT / "client" / "python"))
         from spurion.gguf_tokenizer import sentencepiece_merges
 
-        added = {a["content"] for a in document["added_tokens"]}
-        scores = {t: -n for t, n in document["model"]["vocab"].items() if t not in added and not t.startswith("<0x")}
+        document["model"]["vocab"].update({a["content"]: a["id"] for a in document["added_tokens"]})  # as published files have them
+        special = {a["content"] for a in document["added_tokens"] if a["special"]}
+        vocab = sorted(document["model"]["vocab"].items(), key=lambda item: item[1])
+        last = {t: -1e9 for t, _ in vocab if name == "llama2" and len(t) > 1 and set(t) == {"\u2581"}}
+        scores = {t: last.get(t, -n) for t, n in vocab if t not in special and not t.startswith("<0x")}
         document["model"]["merges"] = sentencepiece_merges(document["model"]["vocab"], scores)
     flags = {"bos_token_id": pipelines[name].token_to_id(bos), "add_bos_token": True} if bos else {"add_bos_token": False}
     _vocabulary_file(tmp_path / "v.gguf", architecture, document, kind, pre, **flags)
