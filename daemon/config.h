@@ -25,7 +25,11 @@ typedef enum spurion_when { SPURION_WHEN_ALL, SPURION_WHEN_FLAGGED } spurion_whe
 typedef enum spurion_ig_rule { SPURION_IG_MIDPOINT, SPURION_IG_LEFT } spurion_ig_rule;
 typedef enum spurion_scope { SPURION_SCOPE_COMPLETION, SPURION_SCOPE_ALL } spurion_scope;
 typedef enum spurion_direction { SPURION_EITHER, SPURION_RAISED, SPURION_LOWERED } spurion_direction;
+typedef enum spurion_http_reward { SPURION_HTTP_CLEAN, SPURION_HTTP_COUNTERFACTUAL, SPURION_HTTP_ACTION } spurion_http_reward;
+typedef enum spurion_http_form { SPURION_HTTP_FORM_ENDPOINT, SPURION_HTTP_FORM_PLAIN, SPURION_HTTP_FORM_TEMPLATED, SPURION_HTTP_FORM_VERBATIM } spurion_http_form;
 typedef enum spurion_alert_mode { SPURION_ALERT_RATE, SPURION_ALERT_EACH, SPURION_ALERT_NONE } spurion_alert_mode;
+
+typedef enum spurion_rule_action { SPURION_RULE_LOG, SPURION_RULE_ALERT, SPURION_RULE_DOWN_WEIGHT, SPURION_RULE_REPLACE, SPURION_RULE_DROP } spurion_rule_action; /* spurion_action - 1 */
 
 typedef struct spurion_sae_config {
     const char *id, *path;   /* path absolute after load */
@@ -45,6 +49,8 @@ typedef struct spurion_rule_config {
     double effect_min, effect_sd_min;
     spurion_alert_mode alert;
     double rate_max, alpha;  /* defaults 0.01, 0.001 */
+    spurion_rule_action action;
+    double weight;           /* with DOWN_WEIGHT */
 } spurion_rule_config;
 
 typedef struct spurion_config {
@@ -85,16 +91,27 @@ typedef struct spurion_config {
         const char *device;
         int threads, tokens_max;
         uint64_t memory_max; /* bytes */
-        int batch_wait_ms, group_wait_ms;
+        int batch_wait_ms, group_wait_ms, step_wait_ms;
+        uint64_t queue_max;  /* bytes */
     } engine;
     struct {
         const char *path;    /* absolute, or NULL */
+        int keep_one_in, replies_for_s;
     } store;
     struct {
         const char **rpc, **rollouts, **alerts; /* URLs; relative ipc paths made absolute */
         int32_t rpc_count, rollouts_count, alerts_count;
         const char *http;    /* NULL: none */
     } listen;
+    struct {
+        const char *run;     /* of requests whose path names none */
+        spurion_http_reward reward;
+        const char *token_file; /* absolute, or NULL: nobody is asked for a token */
+        uint64_t body_max;   /* bytes */
+        int connections_max, step_rollouts, group_size;
+        spurion_http_form text_form;
+        const char *completion_after; /* with \n for a line end; NULL: the usual ones */
+    } http;
 } spurion_config;
 
 /* Loads a YAML file; overrides: "section.key=value" strings (may be NULL). Unknown keys are refused by name with the line. */

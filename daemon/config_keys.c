@@ -20,6 +20,9 @@ static const char *const whens[] = {"all", "flagged", NULL};
 static const char *const ig_rules[] = {"midpoint", "left", NULL};
 static const char *const scopes[] = {"completion", "all", NULL};
 static const char *const directions[] = {"either", "raised", "lowered", NULL};
+static const char *const rule_actions[] = {"log", "alert", "down_weight", "replace", "drop", NULL};
+static const char *const http_rewards[] = {"clean", "counterfactual", "action", NULL};
+static const char *const http_forms[] = {"endpoint", "plain", "templated", "verbatim", NULL};
 static const char *const alert_modes[] = {"rate", "each", "none", NULL};
 static const char *const formats[] = {"saelens", "dictionary_learning", "dictionary_learning:AutoEncoder",
                                       "dictionary_learning:AutoEncoderNew", "dictionary_learning:GatedAutoEncoder",
@@ -80,15 +83,40 @@ static const spurion_key config_rows[] = {
      "longest wait for a fuller micro-batch"},
     {"engine", "group_wait_ms", SPURION_KEY_INT, AT(engine.group_wait_ms), NO_AUX, 0, 3600000, NULL, "2000", NULL,
      "longest wait for the missing members of a group"},
+    {"engine", "step_wait_ms", SPURION_KEY_INT, AT(engine.step_wait_ms), NO_AUX, 100, 86400000, NULL, "300000", NULL,
+     "a step without news for so long is closed"},
+    {"engine", "queue_max", SPURION_KEY_SIZE, AT(engine.queue_max), NO_AUX, 0, 0, NULL, "64MiB", NULL,
+     "memory of rollouts in flight, from accept to reply; callers beyond it are told to try again"},
     {"store", "path", SPURION_KEY_PATH, AT(store.path), NO_AUX, 0, 0, NULL, NULL, "var/spurion",
      "directory of the store (spuriond run; judge writes none)"},
+    {"store", "keep_one_in", SPURION_KEY_INT, AT(store.keep_one_in), NO_AUX, 0, 1 << 30, NULL, "64", NULL,
+     "of the rollouts without a flag one in so many is kept whole (1: all, 0: none); flagged ones always are"},
+    {"store", "replies_for_s", SPURION_KEY_INT, AT(store.replies_for_s), NO_AUX, 1, 604800, NULL, "600", NULL,
+     "how long the answer under an idempotency key, or to an HTTP request, is remembered"},
     {"listen", "rpc", SPURION_KEY_URLS, AT(listen.rpc), AT(listen.rpc_count), 0, 0, NULL, NULL, "[ipc://var/spurion.sock]",
      "where calls are answered"},
     {"listen", "rollouts", SPURION_KEY_URLS, AT(listen.rollouts), AT(listen.rollouts_count), 0, 0, NULL, NULL,
      "[tcp://127.0.0.1:7801]", "where trainer processes dial in with rollouts"},
     {"listen", "alerts", SPURION_KEY_URLS, AT(listen.alerts), AT(listen.alerts_count), 0, 0, NULL, NULL, "[tcp://127.0.0.1:7802]",
      "where alerts are published"},
-    {"listen", "http", SPURION_KEY_TEXT, AT(listen.http), NO_AUX, 0, 0, NULL, NULL, "127.0.0.1:7803", "health and metrics, host:port"},
+    {"listen", "http", SPURION_KEY_TEXT, AT(listen.http), NO_AUX, 0, 0, NULL, NULL, "127.0.0.1:7803",
+     "reward endpoints, health and metrics, host:port"},
+    {"http", "run", SPURION_KEY_TEXT, AT(http.run), NO_AUX, 0, 0, NULL, "http", NULL, "run of requests whose path names none (/run/NAME/...)"},
+    {"http", "reward", SPURION_KEY_ENUM, AT(http.reward), NO_AUX, 0, 0, http_rewards, "clean", NULL,
+     "reward that is answered where the path does not say (/clean/..., /counterfactual/..., /action/...)"},
+    {"http", "token_file", SPURION_KEY_PATH, AT(http.token_file), NO_AUX, 0, 0, NULL, NULL, "token",
+     "file of one or two bearer tokens; none: nobody is asked"},
+    {"http", "body_max", SPURION_KEY_SIZE, AT(http.body_max), NO_AUX, 0, 0, NULL, "16MiB", NULL, "largest request"},
+    {"http", "connections_max", SPURION_KEY_INT, AT(http.connections_max), NO_AUX, 1, 65536, NULL, "1024", NULL,
+     "connections at a time; more wait"},
+    {"http", "step_rollouts", SPURION_KEY_INT, AT(http.step_rollouts), NO_AUX, 1, 1 << 30, NULL, "1024", NULL,
+     "rollouts over HTTP that make a step, since these requests name none"},
+    {"http", "group_size", SPURION_KEY_INT, AT(http.group_size), NO_AUX, 0, SPURION_GROUP_SIZE_MAX, NULL, "0", NULL,
+     "completions of a prompt that are waited for (engine.group_wait_ms); 0: a group ends with its request"},
+    {"http", "text_form", SPURION_KEY_ENUM, AT(http.text_form), NO_AUX, 0, 0, http_forms, "endpoint", NULL,
+     "what texts over HTTP are; endpoint: as its own server takes them"},
+    {"http", "completion_after", SPURION_KEY_TEXT, AT(http.completion_after), NO_AUX, 0, 0, NULL, NULL, "'<|im_start|>assistant\\n'",
+     "in a text that is not divided the completion begins after the last of these; none: after the usual chat headers"},
 };
 
 #undef AT
@@ -125,6 +153,9 @@ static const spurion_key rule_rows[] = {
     {"rules", "rate_max", SPURION_KEY_NUMBER, AT(rate_max), NO_AUX, 0, 1, NULL, "0.01", NULL, "flagged share of a step that is tolerated"},
     {"rules", "alpha", SPURION_KEY_NUMBER, AT(alpha), NO_AUX, 1e-12, 0.5, NULL, "0.001", NULL,
      "chance of a false rate alert over the whole run"},
+    {"rules", "action", SPURION_KEY_ENUM, AT(action), NO_AUX, 0, 0, rule_actions, "alert", NULL,
+     "what a flag asks for; log: recorded and never alerted; from down_weight on the trainer acts"},
+    {"rules", "weight", SPURION_KEY_NUMBER, AT(weight), NO_AUX, 0, 1, NULL, "0.5", NULL, "weight of a flagged rollout with action down_weight"},
 };
 #undef AT
 

@@ -240,6 +240,9 @@ static spurion_status read_rules(reader *r, const yaml_node_t *node)
         SPURION_TRY(st, spurion_key_defaults(target, spurion_rule_keys()));
         SPURION_TRY(st, read_mapping(r, &c->rules[i], spurion_rule_keys(), "rules", item, where));
         SPURION_TRY(st, check_rule(r, item, where, &c->rules[i], i));
+        if (c->rules[i].action == SPURION_RULE_LOG) {
+            c->rules[i].alert = SPURION_ALERT_NONE;
+        }
         c->rule_count = i + 1;
     }
 out:

@@ -8,6 +8,7 @@
 #include "daemon/base/clock.h"
 #include "daemon/base/log.h"
 #include "daemon/pipeline_internal.h"
+#include "daemon/service_http.h"
 
 #define ITEM_BYTES 8192          /* what an item costs beside its texts: tokens, verdict */
 #define JOB_BYTES_MAX (256u << 20)
@@ -59,10 +60,10 @@ spurion_status spurion_call_reserve(spurion_pipeline *p, spurion_call *c, size_t
     size_t need = c->arena.bytes_used + 2 * wire_bytes + items * (sizeof(spurion_item) + ITEM_BYTES);
     size_t before = atomic_fetch_add(&p->bytes, need);
 
-    if (before > 0 && before + need > SPURION_QUEUE_BYTES_MAX) { /* alone, one message of any allowed size is taken */
+    if (before > 0 && before + need > p->config->engine.queue_max) { /* alone, one message of any allowed size is taken */
         atomic_fetch_sub(&p->bytes, need);
-        return spurion_error(SPURION_UNAVAILABLE, "queue: expected at most %u bytes in flight, found %zu; try again", SPURION_QUEUE_BYTES_MAX,
-                             before + need);
+        return spurion_error(SPURION_UNAVAILABLE, "queue: expected at most %llu bytes in flight, found %zu; try again",
+                             (unsigned long long)p->config->engine.queue_max, before + need);
     }
     c->reserved += need;
     return spurion_ok();
@@ -131,6 +132,19 @@ static void refuse(spurion_item *it, spurion_status why)
     spurion_ingest_refuse(it, &why);
 }
 
+void spurion_item_name(spurion_item *it, const spurion_rollout *rollout)
+{
+    SPURION_ASSERT(!it->entered);
+    it->job.rollout = *rollout;
+    identify(it);
+    if (it->fate == SPURION_FATE_JUDGE) {
+        spurion_status st = spurion_rollout_check(rollout);
+        if (st.code != SPURION_OK) {
+            spurion_ingest_refuse(it, &st);
+        }
+    }
+}
+
 /* ---- the tap ---- */
 
 spurion_status spurion_ingest_tap(bool *before, spurion_pipeline *p, spurion_bytes message)
@@ -145,9 +159,9 @@ spurion_status spurion_ingest_tap(bool *before, spurion_pipeline *p, spurion_byt
     if (atomic_load(&p->state) != SPURION_STATE_SERVING || atomic_load(&p->store_blocked)) {
         return spurion_error(SPURION_UNAVAILABLE, "tap: expected to be serving, found draining or a full store; try again");
     }
-    if (bytes > 0 && bytes + 2 * message.size > SPURION_QUEUE_BYTES_MAX) { /* under a flood decoding for nothing would starve the engine */
-        return spurion_error(SPURION_UNAVAILABLE, "queue: expected at most %u bytes in flight, found %zu; try again", SPURION_QUEUE_BYTES_MAX,
-                             bytes);
+    if (bytes > 0 && bytes + 2 * message.size > p->config->engine.queue_max) { /* under a flood decoding for nothing would starve the engine */
+        return spurion_error(SPURION_UNAVAILABLE, "queue: expected at most %llu bytes in flight, found %zu; try again",
+                             (unsigned long long)p->config->engine.queue_max, bytes);
     }
     c = spurion_call_create(SPURION_CALL_TAP, NULL);
     if (c == NULL) {
@@ -322,14 +336,21 @@ static void take_call(spurion_pipeline *p, spurion_call *c)
     spurion_item *items = c->items; /* c and they may be gone as soon as the last one of ours is on its way */
     const bool *mine = c->mine;
     int32_t n = c->item_count, rollouts = c->list.count;
+    bool repeated = false;
 
     if (c->kind == SPURION_CALL_SCORE && spurion_clock_ms() > c->deadline_ms) {
         spurion_status st = spurion_error(SPURION_DEADLINE_EXCEEDED, "deadline: expected to begin within the caller's time, found it over");
         spurion_service_answer(p, c, &st, nothing);
         return;
     }
-    if (answer_again(p, c)) {
+    if (c->http != NULL && !spurion_http_admit(&repeated, p, c)) {
         return;
+    }
+    if (!repeated && answer_again(p, c)) {
+        return;
+    }
+    if (c->http != NULL) {
+        spurion_http_name(p, c);
     }
     for (int32_t i = 0; i < n; i++) {
         if (mine == NULL || i >= rollouts || mine[i]) {

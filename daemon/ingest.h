@@ -2,7 +2,7 @@
  * From the wire to the sink a call has one owner at a time: nng's thread decodes it, the intake admits its rollouts, the sink answers
  * and frees it. The items go their own way through batcher and engine in between.
  * Memory: the call's arena holds the decoded message and, later, the answers; each item's job has its own arena. All of it is reserved
- * against SPURION_QUEUE_BYTES_MAX before the call is accepted. */
+ * against engine.queue_max before the call is accepted. */
 #ifndef SPURION_INGEST_H
 #define SPURION_INGEST_H
 
@@ -51,7 +51,8 @@ typedef struct spurion_call {
     spurion_node node;     /* first */
     spurion_arena arena;
     spurion_call_kind kind;
-    spurion_transport_call *wire; /* NULL: nobody waits for an answer */
+    spurion_transport_call *wire; /* NULL: nobody waits for an answer over rpc */
+    struct spurion_http_call *http; /* NULL: nobody waits for one over HTTP (service_http.h) */
     spurion_request request;
     int64_t since_ms, deadline_ms;
     size_t reserved;
@@ -98,6 +99,9 @@ void spurion_ingest_release_waiters(struct spurion_pipeline *p, spurion_item *it
 
 /* Refuses an item that is in no flight. */
 void spurion_ingest_refuse(spurion_item *item, const spurion_status *why);
+
+/* Gives an item of a call without names (HTTP) its rollout's, and checks the rollout whole; before it is admitted. */
+void spurion_item_name(spurion_item *item, const spurion_rollout *rollout);
 
 /* The intake thread. */
 void *spurion_ingest_main(void *pipeline);

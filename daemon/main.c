@@ -14,6 +14,7 @@
 #include "daemon/calibrate.h"
 #include "daemon/config.h"
 #include "daemon/engine.h"
+#include "daemon/http.h"
 #include "daemon/judge.h"
 #include "daemon/pipeline.h"
 #include "daemon/store.h"
@@ -230,10 +231,13 @@ static int run_judge(const arguments *a, const spurion_config *config)
 
 /* What `run` holds beside the engine, at most: rollouts in flight, the store's write buffers, and the part of its block cache, threads
  * and connections that an hour under load was seen to take (tests/e2e/test_memory.py, test_soak.py). */
-static void describe_running(const spurion_engine *engine)
+static void describe_running(const spurion_engine *engine, const spurion_config *config)
 {
-    size_t queue = SPURION_QUEUE_BYTES_MAX, store = SPURION_STORE_BUFFER_BYTES, rest = (size_t)16 << 20;
+    size_t queue = (size_t)config->engine.queue_max, store = SPURION_STORE_BUFFER_BYTES, rest = (size_t)16 << 20;
 
+    if (config->listen.http) {
+        rest += (size_t)config->http.connections_max * SPURION_HTTP_CONNECTION_BYTES;
+    }
     printf("running    peak resident size %zu MiB: with %zu queue of rollouts, %zu store, %zu threads, caches and connections\n",
            (spurion_engine_peak_bytes(engine) + queue + store + rest) >> 20, queue >> 20, store >> 20, rest >> 20);
 }
@@ -277,7 +281,7 @@ static int run_check(const arguments *a, const spurion_config *config)
         return report(st);
     }
     spurion_engine_describe(engine, stdout);
-    describe_running(engine);
+    describe_running(engine, config);
     if (!a->no_calibration) {
         st = calibrate(engine, config, a->calibration);
         status = st.code == SPURION_OK ? EXIT_ALL : report(st);

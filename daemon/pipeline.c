@@ -19,6 +19,7 @@
 #include "daemon/pipeline_internal.h"
 #include "daemon/pipeline_sink.h"
 #include "daemon/service.h"
+#include "daemon/service_http.h"
 
 #define TICK_MS 1000
 #define LOADING_TICK_MS 20       /* while the inbox of an earlier life is being loaded */
@@ -249,6 +250,7 @@ static spurion_status open_parts(spurion_pipeline *p, mark_loader *loader)
     SPURION_TRY(st, spurion_producers_create(&p->producers, load_mark, loader));
     SPURION_TRY(st, spurion_pages_create(&p->pages));
     SPURION_TRY(st, spurion_steps_open(p));
+    SPURION_TRY(st, spurion_http_calls_create(&p->http_calls));
     SPURION_TRY(st, spurion_transport_create(&p->transport, &handlers));
 out:
     return st;
@@ -332,6 +334,7 @@ static spurion_status listen_all(spurion_pipeline *p)
             spurion_log_info("LISTEN", "%s", lists[i].urls[k]);
         }
     }
+    SPURION_TRY(st, spurion_service_http_start(p, insecure));
 out:
     return st;
 }
@@ -404,16 +407,30 @@ out:
 
 /* ---- waiting and draining ---- */
 
-static void tick(spurion_pipeline *p)
+bool spurion_pipeline_alive(spurion_pipeline *p)
 {
     int64_t began = atomic_load(&p->engine_tick_ms);
+
+    return began == INT64_MAX || spurion_clock_ms() - began < ENGINE_STALL_MS;
+}
+
+bool spurion_pipeline_ready(spurion_pipeline *p)
+{
+    spurion_store_stats stats;
+
+    spurion_store_stats_get(&stats, p->store);
+    return atomic_load(&p->state) == SPURION_STATE_SERVING && !atomic_load(&p->store_blocked) && stats.writable && !stats.low_space;
+}
+
+static void tick(spurion_pipeline *p)
+{
     spurion_store_stats stats;
 
     spurion_store_stats_get(&stats, p->store);
     if (stats.failed) {
         spurion_pipeline_fail(p, 74);
     }
-    if (began == INT64_MAX || spurion_clock_ms() - began < ENGINE_STALL_MS) {
+    if (spurion_pipeline_alive(p)) {
         notify("WATCHDOG=1");
     }
     spurion_status st = spurion_store_trim(NULL, p->store, spurion_clock_wall_ms(), TRIM_COUNT);
@@ -495,6 +512,9 @@ static bool drain(spurion_pipeline *p, const threads *t, const sigset_t *set)
     }
     notify("STOPPING=1");
     spurion_log_info("DRAIN", "no new work; %lld rollouts in flight", (long long)spurion_flights_count(p->flights));
+    if (p->http != NULL) {
+        spurion_http_quiesce(p->http);
+    }
     spurion_queue_close(&p->desk);
     if (!join(p, t->desk, set, abandon_ms, stop_ms)) {
         return false;

@@ -5,7 +5,6 @@
 
 #include "daemon/config.h"
 
-#define SPURION_QUEUE_BYTES_MAX (64u << 20) /* memory of rollouts in flight, from accept to reply */
 #define SPURION_DRAIN_MS 3000               /* after SIGTERM: work in hand is finished for so long, the rest is left to the next start */
 #define SPURION_STOP_MS 20000               /* after SIGTERM: a thread that is still busy then is left behind */
 

@@ -22,6 +22,8 @@ typedef enum spurion_count {
 typedef enum spurion_state { SPURION_STATE_STARTING, SPURION_STATE_SERVING, SPURION_STATE_DRAINING } spurion_state;
 
 typedef struct spurion_pages spurion_pages;
+struct spurion_http;
+struct spurion_http_calls;
 typedef struct spurion_step_runs spurion_step_runs;
 
 typedef struct spurion_pipeline {
@@ -35,6 +37,8 @@ typedef struct spurion_pipeline {
     spurion_producers *producers;
     spurion_pages *pages;
     spurion_step_runs *runs;       /* sink */
+    struct spurion_http *http;     /* main; NULL: not listened */
+    struct spurion_http_calls *http_calls;
 
     spurion_queue intake;          /* calls */
     spurion_queue sink;            /* items, and calls of kind SYNC and STEP_END as items of fate NONE */
@@ -64,6 +68,11 @@ static inline void spurion_stat_add(spurion_pipeline *p, spurion_stat which, uin
 
 /* Ends the daemon with this status; the first one stands. Any thread. */
 void spurion_pipeline_fail(spurion_pipeline *p, int exit_status);
+
+/* The engine turns, or waits for work. */
+bool spurion_pipeline_alive(spurion_pipeline *p);
+/* New work is taken: serving, and the store has space and no failure. */
+bool spurion_pipeline_ready(spurion_pipeline *p);
 
 /* Answers a call and destroys it: status, or the method's packed reply, in pages where it is long. Any thread. */
 void spurion_service_answer(spurion_pipeline *p, spurion_call *call, const spurion_status *st, spurion_bytes body);

@@ -10,12 +10,11 @@
 #include "daemon/base/clock.h"
 #include "daemon/base/log.h"
 #include "daemon/service.h"
+#include "daemon/service_http.h"
 
 #define ITEMS_MAX 2048           /* of one turn */
-#define SAMPLE_ONE_IN 64         /* whole records of rollouts that were not flagged */
 #define SPACE_RETRY_MS 500
 #define SAVED_BYTES_MAX (1u << 20)
-#define SAVED_FOR_MS 600000      /* how long the answer under an idempotency key is remembered */
 
 static const spurion_bytes nothing = {NULL, 0};
 
@@ -234,6 +233,14 @@ static spurion_status fill_features(spurion_store_row *row, turn *t, const spuri
     return spurion_ok();
 }
 
+/* Whether a rollout without a flag is kept whole: by its content, so that a repetition of the run keeps the same ones. */
+static bool sampled(const unsigned char *digest, int one_in)
+{
+    uint32_t number = (uint32_t)digest[0] | (uint32_t)digest[1] << 8 | (uint32_t)digest[2] << 16 | (uint32_t)digest[3] << 24;
+
+    return one_in > 0 && number % (uint32_t)one_in == 0;
+}
+
 static spurion_status fill_row(spurion_store_row *row, turn *t, spurion_item *it)
 {
     spurion_memory m = spurion_arena_memory(&t->arena);
@@ -264,7 +271,7 @@ static spurion_status fill_row(spurion_store_row *row, turn *t, spurion_item *it
     SPURION_TRY(st, fill_features(row, t, v));
     small.tokens = NULL;
     SPURION_TRY(st, spurion_codec_encode_verdict(&row->verdict, &m, &small));
-    if (v->flag_count > 0 || it->flight.digest[0] % SAMPLE_ONE_IN == 0) {
+    if (v->flag_count > 0 || sampled(it->flight.digest, t->p->config->store.keep_one_in)) {
         spurion_record record = {it->job.rollout, *v, row->time_ms};
         SPURION_TRY(st, spurion_codec_encode_record(&row->record, &m, &record));
     }
@@ -348,7 +355,7 @@ static void save_reply(turn *t, spurion_call *c, spurion_bytes body)
     spurion_rollout asked;
     char *data;
 
-    if (c->request.idempotency_key.size == 0 || body.size > SAVED_BYTES_MAX) {
+    if (c->request.idempotency_key.size == 0 || (c->http == NULL && body.size > SAVED_BYTES_MAX)) {
         return;
     }
     memset(&asked, 0, sizeof asked);
@@ -365,7 +372,7 @@ static void save_reply(turn *t, spurion_call *c, spurion_bytes body)
     r->key = c->request.idempotency_key;
     r->reply.data = data;
     r->reply.size = sizeof digest + body.size;
-    r->expires_ms = spurion_clock_wall_ms() + SAVED_FOR_MS;
+    r->expires_ms = spurion_clock_wall_ms() + (int64_t)t->p->config->store.replies_for_s * 1000;
     t->batch.reply_count++;
 }
 
@@ -513,10 +520,11 @@ static void make_bodies(turn *t, spurion_bytes *bodies)
     for (spurion_call *c = t->done; c != NULL; c = c->done_next, n++) {
         bodies[n] = nothing;
         if (c->kind == SPURION_CALL_SCORE && c->abandoned.code == SPURION_OK) {
-            spurion_status st = score_body(&bodies[n], c);
+            bool keep = true;
+            spurion_status st = c->http != NULL ? spurion_http_body(&bodies[n], &keep, c) : score_body(&bodies[n], c);
             if (st.code != SPURION_OK) {
                 c->abandoned = st;
-            } else {
+            } else if (keep) {
                 save_reply(t, c, bodies[n]);
             }
         }

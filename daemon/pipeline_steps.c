@@ -9,7 +9,6 @@
 #include "daemon/base/clock.h"
 #include "daemon/base/log.h"
 
-#define STEP_TIMEOUT_MS 300000 /* a step with no news for so long is closed */
 #define RUNS_MAX 256
 #define OPEN_STEPS_MAX 65536
 #define MARKS_MAX 4096
@@ -43,6 +42,7 @@ typedef struct spurion_step_runs {
     int32_t count;
     waiting_end ends[ENDS_MAX];
     int32_t end_count;
+    int64_t timeout_ms;        /* a step without news for so long is closed */
     spurion_arena arena;
 } spurion_step_runs;
 
@@ -100,7 +100,7 @@ static run *find_run(spurion_step_runs *r, spurion_bytes who)
         evict(r);
     }
     u = calloc(1, sizeof *u);
-    if (u == NULL || spurion_steps_create(&u->steps, STEP_TIMEOUT_MS).code != SPURION_OK) {
+    if (u == NULL || spurion_steps_create(&u->steps, r->timeout_ms).code != SPURION_OK) {
         spurion_log_error("STEPS-MEMORY", "no memory for the steps of a run");
         free(u);
         return NULL;
@@ -171,6 +171,7 @@ spurion_status spurion_steps_open(spurion_pipeline *p)
         return spurion_error(SPURION_RESOURCE_EXHAUSTED, "steps: no memory");
     }
     spurion_arena_init(&p->runs->arena, 0);
+    p->runs->timeout_ms = p->config->engine.step_wait_ms;
     SPURION_TRY(st, spurion_store_open_steps(&open, &count, &p->runs->arena, p->store, all, OPEN_STEPS_MAX));
     for (int32_t i = 0; i < count; i++) {
         run *u = find_run(p->runs, open[i].run);

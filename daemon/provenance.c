@@ -81,10 +81,11 @@ static json_t *rules_json(const spurion_config *c)
         for (int k = 0; k < r->family_count; k++) {
             json_array_append_new(families, json_string(r->families[k]));
         }
-        json_array_append_new(list, json_pack("{s:s, s:o, s:i, s:b, s:f, s:b, s:f, s:b, s:i, s:f, s:f}", "id", r->id, "families", families,
+        json_array_append_new(list, json_pack("{s:s, s:o, s:i, s:b, s:f, s:b, s:f, s:b, s:i, s:f, s:f, s:i, s:f}", "id", r->id, "families", families,
                                               "direction", (int)r->direction, "has_effect_min", r->has_effect_min, "effect_min", r->effect_min,
                                               "has_effect_sd_min", r->has_effect_sd_min, "effect_sd_min", r->effect_sd_min, "advantage_flip",
-                                              r->advantage_flip, "alert", (int)r->alert, "rate_max", r->rate_max, "alpha", r->alpha));
+                                              r->advantage_flip, "alert", (int)r->alert, "rate_max", r->rate_max, "alpha", r->alpha, "action",
+                                              (int)r->action, "weight", r->weight));
     }
     return list;
 }

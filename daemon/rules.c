@@ -73,6 +73,65 @@ static void advantages(advantage *out, spurion_job *const *judged, int count, in
     }
 }
 
+/* ---- what is asked for ---- */
+
+/* A reward and what it counts in its group. */
+typedef struct share {
+    float reward, weight;
+} share;
+
+static int by_reward(const void *a, const void *b)
+{
+    const share *x = a, *y = b;
+    return x->reward != y->reward ? (x->reward < y->reward ? -1 : 1) : x->weight < y->weight ? -1 : x->weight > y->weight;
+}
+
+/* The strongest action of the flags so far, of equal ones the first; of two weights the smaller. */
+static void ask_for(spurion_verdict *v, const spurion_rule_config *rule)
+{
+    spurion_action action = (spurion_action)(rule->action + 1);
+    float weight = action == SPURION_ACTION_DROP ? 0.0f : action == SPURION_ACTION_DOWN_WEIGHT ? (float)rule->weight : 1.0f;
+
+    if (action > v->action || (action == v->action && weight < v->action_weight)) {
+        v->action = action;
+        v->action_rule = (spurion_bytes){rule->id, strlen(rule->id)};
+        v->action_weight = weight;
+        v->action_reward = action == SPURION_ACTION_REPLACE ? v->counterfactual_reward : v->reward;
+    }
+}
+
+/* Advantages in the group as it is after the actions: rewards replaced, the mean weighted, dropped members out. With no action they are the
+ * clean ones, to the bit. shares (count): scratch. */
+static void act(spurion_job *const *judged, int count, share *shares)
+{
+    double sum = 0, weights = 0;
+    bool changed = false;
+    int left = 0;
+
+    for (int i = 0; i < count; i++) {
+        const spurion_verdict *v = &judged[i]->verdict;
+        changed = changed || v->action > SPURION_ACTION_ALERT;
+        shares[i] = (share){v->action_reward, v->action_weight};
+        left += v->action_weight > 0;
+    }
+    if (!changed) {
+        for (int i = 0; i < count; i++) {
+            judged[i]->verdict.action_advantage = judged[i]->verdict.advantage;
+        }
+        return;
+    }
+    qsort(shares, (size_t)count, sizeof *shares, by_reward);
+    for (int i = 0; i < count; i++) {
+        sum += (double)shares[i].weight * (double)shares[i].reward;
+        weights += (double)shares[i].weight;
+    }
+    for (int i = 0; i < count; i++) {
+        spurion_verdict *v = &judged[i]->verdict;
+        bool has = left >= 2 && v->action_weight > 0;
+        v->action_advantage = (spurion_opt_float){has, has ? (float)((double)v->action_reward - sum / weights) : 0.0f};
+    }
+}
+
 /* Whether all the conditions that the rule names hold. Thresholds: float64 over the float32 values, inclusive. */
 static bool fires(const spurion_rule_config *rule, const spurion_config *config, float effect, const advantage *pair)
 {
@@ -130,6 +189,7 @@ static spurion_status add_flag(spurion_job *job, const spurion_config *config, c
         }
         v->flags = flags;
     }
+    ask_for(v, &config->rules[rule]);
     flag = &flags[v->flag_count++];
     flag->rule = (spurion_bytes){config->rules[rule].id, strlen(config->rules[rule].id)};
     flag->effect = job->set_effects[set];
@@ -193,7 +253,7 @@ static bool finite_or_refused(spurion_job *job, const spurion_catalogue *catalog
 }
 
 static spurion_status apply(spurion_job **judged, int count, const spurion_config *config, const spurion_catalogue *catalogue,
-                            advantage *pairs, float *scratch)
+                            advantage *pairs, float *scratch, share *shares)
 {
     spurion_status st = spurion_ok();
 
@@ -201,6 +261,10 @@ static spurion_status apply(spurion_job **judged, int count, const spurion_confi
     for (int i = 0; i < count; i++) {
         judged[i]->verdict.flags = NULL;
         judged[i]->verdict.flag_count = 0;
+        judged[i]->verdict.action = SPURION_ACTION_NONE;
+        judged[i]->verdict.action_rule = (spurion_bytes){NULL, 0};
+        judged[i]->verdict.action_reward = judged[i]->verdict.reward;
+        judged[i]->verdict.action_weight = 1;
         own_numbers(judged[i], config, &pairs[i]);
         SPURION_TRY(st, families(judged[i], catalogue));
     }
@@ -215,6 +279,7 @@ static spurion_status apply(spurion_job **judged, int count, const spurion_confi
             }
         }
     }
+    act(judged, count, shares);
 out:
     return st;
 }
@@ -225,10 +290,11 @@ spurion_status spurion_rules_apply(spurion_job *const *jobs, int job_count, cons
     spurion_job **judged = calloc(room, sizeof *judged);
     advantage *pairs = malloc(room * sizeof *pairs);
     float *scratch = malloc(room * sizeof *scratch);
+    share *shares = malloc(room * sizeof *shares);
     spurion_status st;
     int count = 0;
 
-    if (!judged || !pairs || !scratch) {
+    if (!judged || !pairs || !scratch || !shares) {
         st = no_memory();
         goto out;
     }
@@ -238,10 +304,11 @@ spurion_status spurion_rules_apply(spurion_job *const *jobs, int job_count, cons
             judged[count++] = jobs[i];
         }
     }
-    st = apply(judged, count, config, catalogue, pairs, scratch);
+    st = apply(judged, count, config, catalogue, pairs, scratch, shares);
 out:
     free(judged);
     free(pairs);
     free(scratch);
+    free(shares);
     return st;
 }

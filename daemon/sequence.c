@@ -123,14 +123,15 @@ static bool begins_with_bos(spurion_bytes prompt, const spurion_sequence_rules *
     return st.code == SPURION_OK && size && begins(prompt, text, size);
 }
 
-/* leading specials ++ ids of the joined text ++ eos. */
+/* leading specials ++ ids of the joined text ++ eos, as far as the form wants them. */
 static spurion_status lay_out(draft *d, spurion_arena *arena, const spurion_sequence_rules *rules, const spurion_ids *before,
-                              const spurion_ids *both, bool bos_once)
+                              const spurion_ids *both, bool bos_once, spurion_text_form form)
 {
     int count;
     const int32_t *specials = spurion_tokenizer_leading(rules->tokenizer, &count);
     int64_t first = 0, start = 0;
 
+    count = form == SPURION_FORM_VERBATIM ? 0 : count;
     d->ids = spurion_arena_take_array(arena, (size_t)count + both->count + 1, sizeof *d->ids);
     if (!d->ids) {
         return no_memory();
@@ -144,7 +145,7 @@ static spurion_status lay_out(draft *d, spurion_arena *arena, const spurion_sequ
         memcpy(d->ids + first, both->data, both->count * sizeof *d->ids);
     }
     d->count = first + (int64_t)both->count;
-    if (rules->config->model.append_eos) {
+    if (rules->config->model.append_eos && form == SPURION_FORM_PLAIN) {
         for (int i = 0; d->chat && i < rules->model->eos_count && d->count > 0; i++) {
             d->warnings |= d->ids[d->count - 1] == rules->model->eos[i] ? SPURION_WARN_EOS_DOUBLED : 0;
         }
@@ -166,6 +167,7 @@ static spurion_status from_texts(draft *d, spurion_job *job, const spurion_seque
 {
     spurion_bytes prompt = job->rollout.prompt, completion = job->rollout.completion, joined;
     spurion_ids before = {NULL, 0, 0}, both = {NULL, 0, 0};
+    spurion_text_form form = job->rollout.text_form;
     bool bos_once;
     spurion_status st;
 
@@ -174,22 +176,26 @@ static spurion_status from_texts(draft *d, spurion_job *job, const spurion_seque
     }
     SPURION_TRY(st, check_text("prompt", prompt));
     SPURION_TRY(st, check_text("completion", completion));
-    if (job->rollout.messages.data || rules->chat->kind > SPURION_TEMPLATE_AUTO) {
+    if (job->rollout.messages.data || (form == SPURION_FORM_PLAIN && rules->chat->kind > SPURION_TEMPLATE_AUTO)) {
         SPURION_TRY(st, render(&prompt, &completion, d, job, rules->chat));
-    } else {
+    } else if (form == SPURION_FORM_PLAIN) {
         SPURION_TRY(st, apply_template(&prompt, &completion, &job->arena, rules->chat->kind));
     }
     if (!join(&joined, &job->arena, prompt, completion, (spurion_bytes){"", 0})) {
         st = no_memory();
         goto out;
     }
-    bos_once = begins_with_bos(prompt, rules);
+    bos_once = form != SPURION_FORM_VERBATIM && begins_with_bos(form == SPURION_FORM_PLAIN ? prompt : joined, rules);
     if (bos_once) {
         d->warnings |= SPURION_WARN_BOS_ONCE;
     }
     SPURION_TRY(st, spurion_tokenizer_encode(&before, rules->tokenizer, prompt.data, prompt.size));
     SPURION_TRY(st, spurion_tokenizer_encode(&both, rules->tokenizer, joined.data, joined.size));
-    SPURION_TRY(st, lay_out(d, &job->arena, rules, &before, &both, bos_once));
+    SPURION_TRY(st, lay_out(d, &job->arena, rules, &before, &both, bos_once, form));
+    if (form != SPURION_FORM_PLAIN && prompt.size == 0) { /* nobody said where the completion begins: not with the specials */
+        int64_t leading = leading_of(d, rules);
+        d->start = leading > d->start && leading < d->count ? leading : d->start;
+    }
 out:
     spurion_ids_fini(&before);
     spurion_ids_fini(&both);

@@ -7,6 +7,7 @@
 #include "daemon/base/clock.h"
 #include "daemon/base/log.h"
 #include "daemon/pipeline_internal.h"
+#include "daemon/service_http.h"
 
 #define RETRY_AFTER_MS 200
 
@@ -51,6 +52,10 @@ void spurion_service_reply(spurion_pipeline *p, spurion_call *c, const spurion_s
 {
     char next[SPURION_PAGE_TOKEN_BYTES] = "";
 
+    if (c->http != NULL) {
+        spurion_http_answer(p, c, st, body);
+        return;
+    }
     if (c->wire == NULL) {
         return;
     }
@@ -75,7 +80,7 @@ void spurion_service_answer(spurion_pipeline *p, spurion_call *c, const spurion_
 
 /* ---- handlers on nng's threads: each takes the call, and answers it or hands it on ---- */
 
-static spurion_status check_open(spurion_pipeline *p)
+spurion_status spurion_service_check_open(spurion_pipeline *p)
 {
     if (atomic_load(&p->state) != SPURION_STATE_SERVING) {
         return spurion_error(SPURION_UNAVAILABLE, "daemon: expected to be serving, found shutting down; try again");
@@ -119,7 +124,7 @@ static void handle_rollouts(spurion_pipeline *p, spurion_call *c)
     spurion_score in;
     spurion_status st;
 
-    SPURION_TRY(st, check_open(p));
+    SPURION_TRY(st, spurion_service_check_open(p));
     SPURION_TRY(st, score ? spurion_codec_decode_score(&in, &m, c->request.body) : spurion_codec_decode_submit(&in, &m, c->request.body));
     c->list = in.list;
     c->producer = in.producer;
@@ -141,7 +146,7 @@ static void handle_fill(spurion_pipeline *p, spurion_call *c)
     spurion_fill fill;
     spurion_status st;
 
-    SPURION_TRY(st, check_open(p));
+    SPURION_TRY(st, spurion_service_check_open(p));
     SPURION_TRY(st, spurion_codec_decode_fill(&fill, &m, c->request.body));
     for (int32_t i = 0; i < fill.count; i++) {
         bool before;
@@ -171,7 +176,7 @@ static void handle_sync(spurion_pipeline *p, spurion_call *c)
     spurion_status st;
     bool durable;
 
-    SPURION_TRY(st, check_open(p));
+    SPURION_TRY(st, spurion_service_check_open(p));
     SPURION_TRY(st, spurion_codec_decode_sync(&c->sync, &m, c->request.body));
     durable = c->sync.lost_count > 0 || c->sync.lost_rollouts > 0 || c->sync.closing;
     if (durable) {
@@ -193,7 +198,7 @@ static void handle_step_end(spurion_pipeline *p, spurion_call *c)
     spurion_memory m = spurion_arena_memory(&c->arena);
     spurion_status st;
 
-    SPURION_TRY(st, check_open(p));
+    SPURION_TRY(st, spurion_service_check_open(p));
     SPURION_TRY(st, spurion_codec_decode_step_end(&c->step_end, &m, c->request.body));
     SPURION_TRY(st, spurion_call_reserve(p, c, c->request.body.size));
     SPURION_TRY(st, spurion_call_make_items(c));

@@ -12,6 +12,9 @@ void spurion_service_request(void *context, spurion_transport_call *wire, const 
 /* A message of the tap came. */
 void spurion_service_tap(void *context, const char *data, size_t size);
 
+/* Whether new work is taken: UNAVAILABLE while shutting down, RESOURCE_EXHAUSTED while the store has no space. */
+spurion_status spurion_service_check_open(struct spurion_pipeline *p) SPURION_MUST_USE;
+
 /* Answers questions: Query, Get, Counts, Runs, Alerts, Status, Catalogue, Rules (service_read.c). *body in the call's arena. */
 spurion_status spurion_service_read(spurion_bytes *body, struct spurion_pipeline *p, spurion_call *call) SPURION_MUST_USE;
 

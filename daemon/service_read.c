@@ -6,6 +6,7 @@
 #include "daemon/base/clock.h"
 #include "daemon/pipeline_internal.h"
 #include "daemon/service.h"
+#include "daemon/service_metrics.h"
 
 #define ALERTS_DEFAULT 100
 #define ALERTS_MAX 1000
@@ -88,6 +89,7 @@ static spurion_status to_row(spurion_row *out, spurion_call *c, const spurion_st
     }
     out->rules = rules;
     out->rule_count = in->flag_count;
+    out->action = v.action;
 out:
     return st;
 }
@@ -284,41 +286,6 @@ out:
 
 /* ---- Status ---- */
 
-static const char *const stat_names[SPURION_STAT_COUNT] = {
-    "requests", "requests_refused", "taps", "taps_before", "taps_refused", "rollouts_received", "rollouts_judged", "rollouts_refused",
-    "rollouts_flagged", "rollouts_known", "alerts", "batches", "commits", "steps_closed", "conflicts", "tokens"};
-
-static const char *const transport_names[] = {"connections_rpc", "connections_rollouts", "connections_alerts", "connections_refused",
-                                              "alerts_published", "alerts_not_published"};
-#define TRANSPORT_NAMES 6
-static const char *const store_names[] = {"store_commits", "store_free_bytes", "store_corruptions", "store_refused_for_space",
-                                          "store_last_sync_us"};
-#define STORE_NAMES 5
-
-static void fill_counters(spurion_counter *out, spurion_pipeline *p, const spurion_store_stats *store)
-{
-    spurion_transport_stats t;
-    int n = 0;
-
-    for (int i = 0; i < SPURION_STAT_COUNT; i++, n++) {
-        out[n].name = spurion_bytes_of(stat_names[i]);
-        out[n].value = atomic_load(&p->counts[i]);
-    }
-    spurion_transport_stats_get(&t, p->transport);
-    uint64_t values[TRANSPORT_NAMES] = {(uint64_t)t.pipes[SPURION_CHANNEL_RPC], (uint64_t)t.pipes[SPURION_CHANNEL_ROLLOUTS],
-                                        (uint64_t)t.pipes[SPURION_CHANNEL_ALERTS], t.refused, t.published, t.publish_failed};
-    for (int i = 0; i < TRANSPORT_NAMES; i++, n++) {
-        out[n].name = spurion_bytes_of(transport_names[i]);
-        out[n].value = values[i];
-    }
-    uint64_t of_store[STORE_NAMES] = {store->commits, store->free_bytes, store->corruptions, store->refused_for_space,
-                                      (uint64_t)(store->last_sync_ns / 1000)};
-    for (int i = 0; i < STORE_NAMES; i++, n++) {
-        out[n].name = spurion_bytes_of(store_names[i]);
-        out[n].value = of_store[i];
-    }
-}
-
 static spurion_status describe_engine(spurion_bytes *out, spurion_pipeline *p, spurion_call *c)
 {
     char *text = NULL, *copy;
@@ -362,7 +329,7 @@ static spurion_status read_status(spurion_bytes *body, spurion_pipeline *p, spur
     spurion_memory m = spurion_arena_memory(&c->arena);
     spurion_flight *flights = array(c, SPURION_FLIGHT_MAX, sizeof *flights);
     spurion_producer_status *producers = array(c, PRODUCERS_SHOWN, sizeof *producers);
-    spurion_counter *counters = array(c, SPURION_STAT_COUNT + TRANSPORT_NAMES + STORE_NAMES, sizeof *counters);
+    spurion_counter *counters = array(c, SPURION_METRICS_COUNT, sizeof *counters);
     spurion_store_stats store;
     spurion_status_reply r;
     spurion_status st;
@@ -372,16 +339,16 @@ static spurion_status read_status(spurion_bytes *body, spurion_pipeline *p, spur
     }
     memset(&r, 0, sizeof r);
     spurion_store_stats_get(&store, p->store);
-    fill_counters(counters, p, &store);
+    spurion_metrics_counters(counters, p);
     r.version = spurion_bytes_of(SPURION_VERSION);
     r.provenance = spurion_bytes_of(spurion_engine_provenance(p->engine));
     r.uptime_ms = (uint64_t)(spurion_clock_ms() - p->start_ms);
     r.state = spurion_bytes_of(state_text(p, &store));
-    r.ready = atomic_load(&p->state) == SPURION_STATE_SERVING && !atomic_load(&p->store_blocked) && store.writable && !store.low_space;
+    r.ready = spurion_pipeline_ready(p);
     r.queue_bytes = atomic_load(&p->bytes);
-    r.queue_bytes_max = SPURION_QUEUE_BYTES_MAX;
+    r.queue_bytes_max = p->config->engine.queue_max;
     r.counters = counters;
-    r.counter_count = SPURION_STAT_COUNT + TRANSPORT_NAMES + STORE_NAMES;
+    r.counter_count = SPURION_METRICS_COUNT;
     r.in_flight = (uint64_t)spurion_flights_count(p->flights);
     SPURION_TRY(st, spurion_flights_list(flights, &r.flight_count, p->flights, &m, SPURION_FLIGHT_MAX, spurion_clock_ms()));
     r.flights = flights;
@@ -451,6 +418,8 @@ static spurion_status fill_rule(spurion_rule_row *out, spurion_call *c, const sp
     out->advantage_flip = in->advantage_flip;
     out->rate_max = (float)in->rate_max;
     out->alpha = (float)in->alpha;
+    out->action = (spurion_action)(in->action + 1);
+    out->weight = in->action == SPURION_RULE_DOWN_WEIGHT ? (float)in->weight : 1.0f;
     out->families = families;
     out->family_count = in->family_count;
     return spurion_ok();

@@ -15,6 +15,18 @@ const char *spurion_warning_name(int bit)
     return bit >= 0 && bit < SPURION_WARNING_COUNT ? names[bit] : NULL;
 }
 
+const char *spurion_action_name(int action)
+{
+    static const char *const names[SPURION_ACTION_COUNT] = {"none", "log", "alert", "down_weight", "replace", "drop"};
+    return action >= 0 && action < SPURION_ACTION_COUNT ? names[action] : NULL;
+}
+
+const char *spurion_form_name(int form)
+{
+    static const char *const names[SPURION_FORM_COUNT] = {"plain", "templated", "verbatim"};
+    return form >= 0 && form < SPURION_FORM_COUNT ? names[form] : NULL;
+}
+
 /* Bytes of the well-formed sequence at p (RFC 3629 section 4), or 0. */
 static size_t utf8_length(const unsigned char *p, size_t left)
 {
@@ -357,6 +369,12 @@ spurion_status spurion_rollout_check(const spurion_rollout *r)
     }
     if (r->group_size < 0 || r->group_size > SPURION_GROUP_SIZE_MAX) {
         return spurion_error(SPURION_INVALID_ARGUMENT, "group_size: expected 0 to %d, found %d", SPURION_GROUP_SIZE_MAX, r->group_size);
+    }
+    if ((unsigned)r->text_form >= SPURION_FORM_COUNT) {
+        return spurion_error(SPURION_INVALID_ARGUMENT, "text_form: expected plain, templated or verbatim, found another");
+    }
+    if (r->text_form != SPURION_FORM_PLAIN && r->completion.data == NULL) {
+        return spurion_error(SPURION_INVALID_ARGUMENT, "text_form: expected texts with it, found token ids");
     }
     if (r->has_trainer_reward && !isfinite(r->trainer_reward)) {
         return spurion_error(SPURION_INVALID_ARGUMENT, "trainer_reward: expected a finite number, found none");

@@ -145,6 +145,7 @@ static void pack_row(Spurion__V1__Row *r, wire *w, const spurion_row *in)
     WIRE_SET(r, warnings, in->warnings);
     WIRE_SET(r, time_ms, in->time_ms);
     WIRE_SET(r, whole, in->whole);
+    WIRE_SET(r, action, (uint32_t)in->action);
 }
 
 static void unpack_row(spurion_row *out, wire *w, const Spurion__V1__Row *r)
@@ -166,6 +167,7 @@ static void unpack_row(spurion_row *out, wire *w, const Spurion__V1__Row *r)
     out->warnings = r->warnings;
     out->time_ms = r->time_ms;
     out->whole = r->whole != 0;
+    out->action = r->action < SPURION_ACTION_COUNT ? (spurion_action)r->action : SPURION_ACTION_NONE;
 }
 
 spurion_status spurion_codec_encode_query_reply(spurion_bytes *out, const spurion_memory *m, const spurion_query_reply *in)

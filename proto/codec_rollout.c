@@ -30,6 +30,8 @@ spurion_status wire_rollout_pack(Spurion__V1__Rollout **out, wire *w, const spur
     r->has_group_size = in->group_size != 0;
     r->group_size = in->group_size;
     WIRE_SET_BYTES(r, messages, in->messages);
+    r->has_text_form = in->text_form != SPURION_FORM_PLAIN;
+    r->text_form = (uint32_t)in->text_form;
     *out = r;
     return spurion_ok();
 }
@@ -58,6 +60,7 @@ void wire_rollout_unpack(spurion_rollout *out, const Spurion__V1__Rollout *in)
     out->tags = WIRE_GET_BYTES(in, tags);
     out->group_size = in->group_size;
     out->messages = WIRE_GET_BYTES(in, messages);
+    out->text_form = in->text_form < SPURION_FORM_COUNT ? (spurion_text_form)in->text_form : (spurion_text_form)SPURION_FORM_COUNT;
 }
 
 spurion_status spurion_codec_encode_rollout(spurion_bytes *out, const spurion_memory *m, const spurion_rollout *in)

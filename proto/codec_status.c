@@ -340,7 +340,7 @@ spurion_status spurion_codec_encode_rules_reply(spurion_bytes *out, const spurio
         families += (size_t)in->rows[i].family_count;
     }
     r.n_id = r.n_direction = r.n_effect_min = r.n_effect_sd_min = r.n_advantage_flip = r.n_alert = n;
-    r.n_rate_max = r.n_alpha = r.n_family_count = n;
+    r.n_rate_max = r.n_alpha = r.n_family_count = r.n_action = r.n_weight = n;
     r.id = WIRE_NEW(&w, ProtobufCBinaryData, n);
     r.direction = WIRE_NEW(&w, uint32_t, n);
     r.effect_min = WIRE_NEW(&w, float, n);
@@ -349,6 +349,8 @@ spurion_status spurion_codec_encode_rules_reply(spurion_bytes *out, const spurio
     r.alert = WIRE_NEW(&w, uint32_t, n);
     r.rate_max = WIRE_NEW(&w, float, n);
     r.alpha = WIRE_NEW(&w, float, n);
+    r.action = WIRE_NEW(&w, uint32_t, n);
+    r.weight = WIRE_NEW(&w, float, n);
     r.family_count = WIRE_NEW(&w, uint32_t, n);
     r.family = WIRE_NEW(&w, ProtobufCBinaryData, families);
     for (size_t i = 0; !w.failed && i < n; i++) {
@@ -361,6 +363,8 @@ spurion_status spurion_codec_encode_rules_reply(spurion_bytes *out, const spurio
         r.alert[i] = row->alert;
         r.rate_max[i] = row->rate_max;
         r.alpha[i] = row->alpha;
+        r.action[i] = (uint32_t)row->action;
+        r.weight[i] = row->weight;
         r.family_count[i] = (uint32_t)row->family_count;
         for (int32_t k = 0; k < row->family_count; k++) {
             r.family[r.n_family++] = wire_bin(row->families[k]);
@@ -383,9 +387,11 @@ static spurion_status check_rules(const Spurion__V1__RulesReply *r)
     SPURION_TRY(st, wire_same("rate_max", r->n_rate_max, n));
     SPURION_TRY(st, wire_same("alpha", r->n_alpha, n));
     SPURION_TRY(st, wire_same("family_count", r->n_family_count, n));
+    SPURION_TRY(st, wire_same("action", r->n_action, r->n_action == 0 ? 0 : n));
+    SPURION_TRY(st, wire_same("weight", r->n_weight, r->n_action));
     for (size_t i = 0; i < n; i++) {
-        if (r->direction[i] > 2 || r->alert[i] > 2) {
-            return spurion_error(SPURION_INVALID_ARGUMENT, "RulesReply: expected known direction and alert, found others at %zu", i);
+        if (r->direction[i] > 2 || r->alert[i] > 2 || (r->n_action > 0 && r->action[i] >= SPURION_ACTION_COUNT)) {
+            return spurion_error(SPURION_INVALID_ARGUMENT, "RulesReply: expected known direction, alert and action, found others at %zu", i);
         }
         families += r->family_count[i];
     }
@@ -422,6 +428,8 @@ spurion_status spurion_codec_decode_rules_reply(spurion_rules_reply *out, const 
         rows[i].alert = r->alert[i];
         rows[i].rate_max = r->rate_max[i];
         rows[i].alpha = r->alpha[i];
+        rows[i].action = r->n_action > 0 ? (spurion_action)r->action[i] : SPURION_ACTION_ALERT;
+        rows[i].weight = r->n_action > 0 ? r->weight[i] : 1.0f;
         rows[i].families = families + at;
         rows[i].family_count = (int32_t)r->family_count[i];
         at += r->family_count[i];

@@ -244,6 +244,11 @@ static spurion_status pack_numbers(Spurion__V1__Verdict *r, wire *w, const spuri
     WIRE_SET(r, scored_position, v->scored_position);
     WIRE_SET(r, token_count, v->token_count);
     WIRE_SET(r, truncated, v->truncated);
+    WIRE_SET(r, action, (uint32_t)v->action);
+    WIRE_SET_BYTES(r, action_rule, v->action_rule);
+    WIRE_SET(r, action_reward, v->action_reward);
+    WIRE_SET(r, action_weight, v->action_weight);
+    pack_optional(&r->has_action_advantage, &r->action_advantage, v->action_advantage);
     SPURION_TRY(st, pack_saes(r, w, v));
     r->family = WIRE_NEW(w, ProtobufCBinaryData, n);
     r->family_effect = WIRE_NEW(w, float, n);
@@ -532,6 +537,22 @@ static spurion_opt_float unpack_optional(protobuf_c_boolean has, float value)
     return o;
 }
 
+/* A verdict of before there were actions is one without. */
+static void unpack_action(spurion_verdict *v, const Spurion__V1__Verdict *r)
+{
+    if (!r->has_action) {
+        v->action_reward = r->reward;
+        v->action_weight = 1;
+        v->action_advantage = v->advantage;
+        return;
+    }
+    v->action = (spurion_action)r->action;
+    v->action_rule = WIRE_GET_BYTES(r, action_rule);
+    v->action_reward = r->action_reward;
+    v->action_weight = r->action_weight;
+    v->action_advantage = unpack_optional(r->has_action_advantage, r->action_advantage);
+}
+
 static void unpack_scalars(spurion_verdict *v, const Spurion__V1__Verdict *r)
 {
     v->run = WIRE_GET_BYTES(r, run);
@@ -553,6 +574,7 @@ static void unpack_scalars(spurion_verdict *v, const Spurion__V1__Verdict *r)
     v->scored_position = r->has_scored_position ? r->scored_position : -1;
     v->token_count = r->token_count;
     v->truncated = r->truncated != 0;
+    unpack_action(v, r);
     v->warnings = r->warnings;
     if (r->has_provenance && r->provenance.len != 0) {
         memcpy(v->provenance, r->provenance.data, r->provenance.len);
@@ -569,6 +591,9 @@ static spurion_status unpack_verdict(spurion_verdict *v, wire *w, const Spurion_
     }
     if (r->provenance.len >= sizeof v->provenance) {
         return spurion_error(SPURION_INVALID_ARGUMENT, "provenance: expected at most 16 digits, found %zu", r->provenance.len);
+    }
+    if (r->has_action && r->action >= SPURION_ACTION_COUNT) {
+        return spurion_error(SPURION_INVALID_ARGUMENT, "action: expected 0 to %d, found %u", SPURION_ACTION_COUNT - 1, r->action);
     }
     unpack_scalars(v, r);
     SPURION_TRY(st, unpack_saes(v, w, r));

@@ -108,6 +108,10 @@ void spurion_rollout_digest(unsigned char out[SPURION_ROLLOUT_DIGEST_BYTES], con
         add_field(&h, 'p', r->prompt.data, r->prompt.size);
         add_field(&h, 'c', r->completion.data, r->completion.size);
     }
+    if (r->text_form != SPURION_FORM_PLAIN) { /* plain ones keep the digest they had before there were others */
+        unsigned char form = (unsigned char)r->text_form;
+        add_field(&h, 'f', &form, 1);
+    }
     if (r->has_trainer_reward) {
         add_field(&h, 'r', &r->trainer_reward, sizeof r->trainer_reward);
     }

@@ -9,10 +9,12 @@
 #include "spurion/limits.h"
 #include "spurion/nearest.h"
 
-enum field { RUN, STEP, GROUP, ID, ATTEMPT, PROMPT, COMPLETION, PROMPT_IDS, COMPLETION_IDS, TRAINER_REWARD, TAGS, GROUP_SIZE, MESSAGES, FIELD_COUNT };
+enum field { RUN, STEP, GROUP, ID, ATTEMPT, PROMPT, COMPLETION, PROMPT_IDS, COMPLETION_IDS, TRAINER_REWARD, TAGS, GROUP_SIZE, MESSAGES,
+             TEXT_FORM, FIELD_COUNT };
 
 static const char *const field_names[FIELD_COUNT] = {"run",        "step",           "group",          "id",   "attempt",   "prompt", "completion",
-                                                     "prompt_ids", "completion_ids", "trainer_reward", "tags", "group_size", "messages"};
+                                                     "prompt_ids", "completion_ids", "trainer_reward", "tags", "group_size", "messages",
+                                                     "text_form"};
 
 /* A name that is no field but close to one is a mistake that must not pass unseen; others (columns of a dataset) are left alone. */
 static bool near_miss(spurion_json_value key)
@@ -249,6 +251,22 @@ static spurion_status read_messages(spurion_rollout *r, const spurion_memory *m,
     return r->messages.data ? spurion_ok() : spurion_error(SPURION_RESOURCE_EXHAUSTED, "messages: expected memory, found the budget spent");
 }
 
+static spurion_status read_form(spurion_rollout *r, spurion_json_value v)
+{
+    if (!given(v)) {
+        return spurion_ok();
+    }
+    for (int i = 0; i < SPURION_FORM_COUNT && v.kind == SPURION_JSON_STRING; i++) {
+        if (spurion_json_is(v, spurion_form_name(i))) {
+            r->text_form = (spurion_text_form)i;
+            return i == SPURION_FORM_PLAIN || r->completion.data != NULL
+                       ? spurion_ok()
+                       : spurion_error(SPURION_INVALID_ARGUMENT, "text_form: expected texts with it, found token ids");
+        }
+    }
+    return wrong("text_form", "plain, templated or verbatim", v);
+}
+
 static spurion_status check_unknown(const line_fields *fields, const spurion_memory *m)
 {
     spurion_bytes name = {NULL, 0};
@@ -307,6 +325,7 @@ static spurion_status read_fields(spurion_rollout *r, const spurion_memory *m, c
         SPURION_TRY(st, read_whole(&size, &readable, "group_size", v[GROUP_SIZE], SPURION_GROUP_SIZE_MAX));
         r->group_size = (int32_t)size;
     }
+    SPURION_TRY(st, read_form(r, v[TEXT_FORM]));
 out:
     return st;
 }

@@ -287,6 +287,16 @@ static void put_flags(spurion_text *t, const spurion_verdict *v)
     put(t, "]");
 }
 
+static void put_action(spurion_text *t, const spurion_verdict *v)
+{
+    spurion_text_print(t, ",\"action\":{\"name\":\"%s\"", spurion_action_name((int)v->action));
+    put_string(t, "rule", v->action_rule);
+    put_float(t, "reward", v->action_reward);
+    put_float(t, "weight", v->action_weight);
+    put_opt(t, "advantage", v->action_advantage);
+    put(t, "}");
+}
+
 static void put_feature(spurion_text *t, const spurion_feature *f)
 {
     put_ref(t, &f->ref);
@@ -422,6 +432,7 @@ void spurion_json_verdict(spurion_text *t, const spurion_verdict *v, const spuri
     put_saes(t, v);
     put_families(t, v);
     put_flags(t, v);
+    put_action(t, v);
     put_string(t, "provenance", (spurion_bytes){v->provenance, strnlen(v->provenance, sizeof v->provenance)});
     put_features(t, v);
     put_warnings(t, v->warnings);

@@ -78,6 +78,8 @@ void cli_json_row(spurion_text *out, const spurion_row *row)
         spurion_json_put_string(out, row->rules[i]);
     }
     cli_put(out, "]");
+    key(out, "action");
+    spurion_text_print(out, "\"%s\"", spurion_action_name((int)row->action));
     warnings(out, row->warnings);
     truth(out, "whole", row->whole);
     number(out, "time_ms", row->time_ms);

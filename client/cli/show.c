@@ -159,6 +159,25 @@ static int put_completion(spurion_text *out, const cli *c, const spurion_record 
 
 /* --- the numbers --- */
 
+static void put_action(spurion_text *out, const spurion_verdict *v)
+{
+    if (v->action <= SPURION_ACTION_LOG && v->action_weight == 1.0f && v->action_reward == v->reward) {
+        return;
+    }
+    spurion_text_print(out, "  action    %s", spurion_action_name((int)v->action));
+    if (v->action_rule.size > 0) {
+        cli_put(out, " by ");
+        cli_put_safe(out, v->action_rule, false);
+    }
+    if (v->action > SPURION_ACTION_ALERT) {
+        spurion_text_print(out, ": reward %.6g, weight %.3g", (double)v->action_reward, (double)v->action_weight);
+    }
+    if (v->action_advantage.has) {
+        spurion_text_print(out, ", advantage then %+.6g", (double)v->action_advantage.value);
+    }
+    cli_put(out, "\n");
+}
+
 static void put_numbers(spurion_text *out, const cli *c, const spurion_verdict *v)
 {
     heading(out, c, "reward");
@@ -189,6 +208,7 @@ static void put_numbers(spurion_text *out, const cli *c, const spurion_verdict *
         }
         cli_put(out, "\n");
     }
+    put_action(out, v);
 }
 
 static void put_features(spurion_text *out, const cli *c, const spurion_verdict *v)

@@ -61,7 +61,7 @@ def _own_part(verdict: bytes, name: str) -> str:
     """A verdict without what speaks of its group, numbers as printed."""
     row = json.loads(verdict, parse_float=str, parse_int=str)
     rules = _group_rules(name)
-    for field in ("advantage", "counterfactual_advantage", "advantage_flip"):
+    for field in ("advantage", "counterfactual_advantage", "advantage_flip", "action"):
         row.pop(field)
     row["flags"] = [f for f in row["flags"] if f["rule"] not in rules]
     row["warnings"] = [w for w in row["warnings"] if w != "group_split"]

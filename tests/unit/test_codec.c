@@ -103,6 +103,7 @@ static void test_codec_rollout_comes_back(void **state)
     r.trainer_reward = -0.0f;
     r.tags = spurion_bytes_of("{\"a\":[1,{\"b\":null}]}");
     r.group_size = 8;
+    r.text_form = SPURION_FORM_VERBATIM;
     r.prompt = spurion_bytes_of("");
     assert_ok(spurion_codec_encode_rollout(&wire, &f->m, &r));
     assert_ok(spurion_codec_decode_rollout(&out, &f->m, wire));
@@ -112,6 +113,7 @@ static void test_codec_rollout_comes_back(void **state)
     assert_int_equal(out.attempt, 3);
     assert_int_equal(out.step, 12);
     assert_int_equal(out.group_size, 8);
+    assert_int_equal(out.text_form, SPURION_FORM_VERBATIM);
     assert_true(out.has_trainer_reward && signbit(out.trainer_reward));
 }
 
@@ -164,6 +166,12 @@ static spurion_verdict a_verdict(void)
     v.scored_position = 0;
     v.token_count = 9;
     v.warnings = SPURION_WARN_BOUNDARY | SPURION_WARN_GROUP_SPLIT;
+    v.action = SPURION_ACTION_REPLACE;
+    v.action_rule = spurion_bytes_of("any");
+    v.action_reward = 0.5f;
+    v.action_weight = 1;
+    v.action_advantage.has = true;
+    v.action_advantage.value = -0.25f;
     strcpy(v.provenance, "0123456789abcdef");
     saes[0].sae = spurion_bytes_of("mid");
     saes[0].attribution_sum.has = true;
@@ -229,6 +237,9 @@ static void assert_same_verdict(const spurion_verdict *v)
     assert_true(v->advantage_flip);
     assert_int_equal(v->scored_position, 0);
     assert_int_equal(v->warnings, SPURION_WARN_BOUNDARY | SPURION_WARN_GROUP_SPLIT);
+    assert_int_equal(v->action, SPURION_ACTION_REPLACE);
+    assert_bytes(v->action_rule, "any");
+    assert_true(v->action_reward == 0.5f && v->action_weight == 1 && v->action_advantage.has && v->action_advantage.value == -0.25f);
     assert_string_equal(v->provenance, "0123456789abcdef");
     assert_int_equal(v->sae_count, 2);
     assert_true(v->saes[0].attribution_sum.has && v->saes[0].attribution_sum.value == 1.5f);

@@ -73,7 +73,7 @@ static void test_json_rollout_reads_every_field(void **state)
     const spurion_rollout *r = &f->job.rollout;
 
     read_line(f, " {" NAMES ",\"attempt\":2,\"prompt\":\"a\\u00e9\\ud83d\\ude00\\n\\\"\\u0000b\",\"completion\":\"c\\/\",\"trainer_reward\":1.25e0,"
-                 "\"tags\":{\"env\":\"hh\", \"x\":[1]},\"group_size\":8}\r");
+                 "\"tags\":{\"env\":\"hh\", \"x\":[1]},\"group_size\":8,\"text_form\":\"templated\"}\r");
     assert_int_equal(f->kind, SPURION_LINE_ROLLOUT);
     assert_true(f->known);
     assert_string_equal(r->run.data, "r1");
@@ -87,6 +87,7 @@ static void test_json_rollout_reads_every_field(void **state)
     assert_true(r->has_trainer_reward && r->trainer_reward == 1.25f);
     assert_string_equal(r->tags.data, "{\"env\":\"hh\", \"x\":[1]}");
     assert_int_equal(r->group_size, 8);
+    assert_int_equal(r->text_form, SPURION_FORM_TEMPLATED);
     assert_string_equal(f->job.verdict.id.data, "g7-3");
     assert_true(f->job.verdict.has_step && f->job.verdict.step == 12 && f->job.verdict.attempt == 2);
     read_line(f, "{" NAMES ",\"prompt_ids\":[],\"completion_ids\":[0, 7,2147483647],\"trainer_reward\":null,\"tags\":null,\"prompt\":null}");
@@ -131,6 +132,7 @@ static void test_json_rollout_refuses_wrong_fields_by_name(void **state)
     refused(f, "{" NAMES "," TEXTS ",\"tags\":[]}", "tags: expected an object, found an array");
     refused(f, "{" NAMES "," TEXTS ",\"attempt\":-1}", "attempt: expected a whole number from 0 to 2147483647, found -1");
     refused(f, "{" NAMES "," TEXTS ",\"attempt\":null}", "attempt: expected a whole number");
+    refused(f, "{" NAMES "," TEXTS ",\"text_form\":\"raw\"}", "text_form: expected plain, templated or verbatim, found \"raw\"");
     refused(f, "{" NAMES "," TEXTS ",\"group_size\":1025}", "group_size: expected a whole number from 0 to 1024, found 1025");
     refused(f, "{" NAMES ",\"prompt\":\"a\",\"completion\":\"b\\ud800\"}", "completion: expected Unicode text, found a lone surrogate at offset 1");
     refused(f, "{" NAMES ",\"prompt\":\"\\udc00\\ud800\",\"completion\":\"b\"}", "prompt: expected Unicode text");

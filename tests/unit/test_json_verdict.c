@@ -144,6 +144,7 @@ static void test_json_verdict_writes_every_field_in_order(void **state)
                                .advantage = {true, 0.7f}, .counterfactual_advantage = {true, -0.1f}, .advantage_flip = true,
                                .scored_position = 211, .token_count = 212, .saes = saes, .sae_count = 1, .families = families,
                                .family_count = 1, .flags = flags, .flag_count = 1, .features = features, .feature_count = 2,
+                               .action = SPURION_ACTION_DROP, .action_rule = bytes("any-flip"), .action_reward = 1.2345678f,
                                .provenance = "9f31c20000000000",
                                .warnings = SPURION_WARN_PAD_SCORED | SPURION_WARN_GROUP_SPLIT | SPURION_WARN_BOUNDARY};
 
@@ -156,6 +157,7 @@ static void test_json_verdict_writes_every_field_in_order(void **state)
                    "\"baseline_reward\":null,\"residual\":null,\"l0_mean\":31.2}],"
                    "\"families\":[{\"family\":\"thanks\",\"effect\":-0.82}],"
                    "\"flags\":[{\"rule\":\"any-flip\",\"effect\":-0.82,\"features\":[{\"sae\":\"mid\",\"index\":517},{\"sae\":\"mid\",\"index\":518}]}],"
+                   "\"action\":{\"name\":\"drop\",\"rule\":\"any-flip\",\"reward\":1.2345678,\"weight\":0.0,\"advantage\":null},"
                    "\"provenance\":\"9f31c20000000000\","
                    "\"features\":[{\"sae\":\"mid\",\"index\":517,\"label\":\"closing thanks\",\"families\":[\"thanks\",\"form\"],"
                    "\"verdict\":\"spurious\",\"attribution\":0.79,\"ablation_effect\":null,\"activation_max\":4.1,\"activation_sum\":9.9,"

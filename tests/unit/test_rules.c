@@ -348,6 +348,94 @@ static void test_rules_warn_of_split_groups_and_other_rewards(void **state)
     end(&f);
 }
 
+static void test_rules_ask_for_the_strongest_action(void **state)
+{
+    fixture f;
+    const spurion_verdict *v;
+
+    (void)state;
+    begin(&f);
+    rule(&f, (spurion_rule_config){.id = "log", .has_effect_min = true, .effect_min = 0.25, .action = SPURION_RULE_LOG}, 3);
+    rule(&f, (spurion_rule_config){.id = "drop", .has_effect_min = true, .effect_min = 4, .action = SPURION_RULE_DROP}, 3);
+    rule(&f, (spurion_rule_config){.id = "half", .has_effect_min = true, .effect_min = 1, .action = SPURION_RULE_DOWN_WEIGHT, .weight = 0.5}, 3);
+    rule(&f, (spurion_rule_config){.id = "tenth", .has_effect_min = true, .effect_min = 2, .action = SPURION_RULE_DOWN_WEIGHT, .weight = 0.125}, 3);
+    add(&f, 0.0f, 0.0f);
+    add(&f, 1.0f, 0.5f);
+    add(&f, 1.0f, 0.0f);
+    add(&f, 3.0f, 1.0f);
+    add(&f, 9.0f, 1.0f);
+    apply(&f);
+    v = &f.jobs[0].verdict;
+    assert_int_equal(v->action, SPURION_ACTION_NONE);
+    assert_null(v->action_rule.data);
+    assert_true(v->action_weight == 1 && v->action_reward == 0);
+    assert_int_equal(f.jobs[1].verdict.action, SPURION_ACTION_LOG);
+    assert_string_equal(f.jobs[1].verdict.action_rule.data, "log");
+    assert_string_equal(f.jobs[2].verdict.action_rule.data, "half");
+    assert_true(f.jobs[2].verdict.action_weight == 0.5f);
+    assert_string_equal(f.jobs[3].verdict.action_rule.data, "tenth"); /* of two weights the smaller */
+    assert_true(f.jobs[3].verdict.action_weight == 0.125f);
+    v = &f.jobs[4].verdict;
+    assert_int_equal(v->action, SPURION_ACTION_DROP);
+    assert_true(v->action_weight == 0 && !v->action_advantage.has && v->advantage.has);
+    /* mean of what is left: (0 + 1 + 0.5 * 1 + 0.125 * 3) / 2.625 */
+    assert_true(f.jobs[3].verdict.action_advantage.value == (float)(3.0 - 1.875 / 2.625));
+    assert_true(f.jobs[0].verdict.action_advantage.value == (float)(0.0 - 1.875 / 2.625));
+    end(&f);
+}
+
+static void test_rules_replace_counts_in_the_group(void **state)
+{
+    fixture f;
+
+    (void)state;
+    begin(&f);
+    rule(&f, (spurion_rule_config){.id = "replace", .has_effect_min = true, .effect_min = 1, .action = SPURION_RULE_REPLACE}, 3);
+    add(&f, 4.0f, 1.0f);
+    add(&f, 2.0f, 2.0f);
+    apply(&f);
+    assert_int_equal(f.jobs[0].verdict.action, SPURION_ACTION_REPLACE);
+    assert_true(f.jobs[0].verdict.action_reward == 1 && f.jobs[0].verdict.action_weight == 1);
+    assert_true(f.jobs[0].verdict.advantage.value == 1 && f.jobs[0].verdict.action_advantage.value == -0.5f);
+    assert_true(f.jobs[1].verdict.advantage.value == -1 && f.jobs[1].verdict.action_advantage.value == 0.5f);
+    end(&f);
+}
+
+static void test_rules_without_actions_leave_the_advantages(void **state)
+{
+    fixture f;
+
+    (void)state;
+    begin(&f);
+    rule(&f, (spurion_rule_config){.id = "a", .has_effect_min = true, .effect_min = 0.1, .action = SPURION_RULE_ALERT}, 3);
+    add(&f, 0.1f, 0.7f);
+    add(&f, 0.2f, 0.2f);
+    add(&f, 0.7f, 0.2f);
+    apply(&f);
+    for (int i = 0; i < 3; i++) {
+        const spurion_verdict *v = &f.jobs[i].verdict;
+        assert_memory_equal(&v->advantage.value, &v->action_advantage.value, sizeof v->advantage.value);
+        assert_int_equal(v->action, i == 1 ? SPURION_ACTION_NONE : SPURION_ACTION_ALERT);
+    }
+    end(&f);
+}
+
+static void test_rules_one_that_is_left_has_no_advantage(void **state)
+{
+    fixture f;
+
+    (void)state;
+    begin(&f);
+    rule(&f, (spurion_rule_config){.id = "d", .has_effect_min = true, .effect_min = 1, .action = SPURION_RULE_DROP}, 3);
+    add(&f, 4.0f, 1.0f);
+    add(&f, 2.0f, 2.0f);
+    apply(&f);
+    assert_false(f.jobs[0].verdict.action_advantage.has);
+    assert_false(f.jobs[1].verdict.action_advantage.has);
+    assert_true(f.jobs[1].verdict.advantage.has);
+    end(&f);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -362,6 +450,10 @@ int main(void)
         cmocka_unit_test(test_rules_equal_rewards_never_flip),
         cmocka_unit_test(test_rules_order_of_members_changes_no_bit),
         cmocka_unit_test(test_rules_refuse_numbers_that_are_none),
+        cmocka_unit_test(test_rules_ask_for_the_strongest_action),
+        cmocka_unit_test(test_rules_replace_counts_in_the_group),
+        cmocka_unit_test(test_rules_without_actions_leave_the_advantages),
+        cmocka_unit_test(test_rules_one_that_is_left_has_no_advantage),
         cmocka_unit_test(test_rules_warn_of_split_groups_and_other_rewards),
     };
     return cmocka_run_group_tests_name("rules", tests, NULL, NULL);

@@ -41,6 +41,7 @@ typedef struct fixture {
     spurion_sequence_rules rules;
     spurion_chat chat;
     spurion_job job;
+    spurion_text_form form;
 } fixture;
 
 static void open_tokenizer(fixture *f, const char *post)
@@ -86,6 +87,7 @@ static void make_texts(fixture *f, const char *prompt, const char *completion)
     spurion_job_reset(&f->job);
     f->job.rollout.prompt = (spurion_bytes){prompt, prompt ? strlen(prompt) : 0};
     f->job.rollout.completion = (spurion_bytes){completion, completion ? strlen(completion) : 0};
+    f->job.rollout.text_form = f->form;
     spurion_sequence_make(&f->job, &f->rules);
 }
 
@@ -185,6 +187,31 @@ static void test_sequence_prompt_with_bos_gets_no_second(void **state)
     f->model.bos = -1;
     make_texts(f, "<s>a", "c");
     expect(f, "0 3 < 0 4 | 6 ", 0);
+}
+
+static void test_sequence_forms_say_what_is_added(void **state)
+{
+    fixture *f = *state;
+
+    f->config.model.append_eos = true;
+    f->form = SPURION_FORM_TEMPLATED;
+    make_texts(f, "a", "c"); /* leading specials, and no EOS */
+    expect(f, "0 < 4 | 6 ", 0);
+    make_texts(f, "<s>a", "c");
+    expect(f, "0 < 4 | 6 ", SPURION_WARN_BOS_ONCE);
+    make_texts(f, "", "<s>ac"); /* nobody said where the completion begins: after the BOS */
+    expect(f, "0 < | 4 6 ", SPURION_WARN_BOS_ONCE);
+    f->form = SPURION_FORM_VERBATIM;
+    make_texts(f, "a", "c");
+    expect(f, "4 | 6 ", 0);
+    make_texts(f, "<s>a", "c");
+    expect(f, "0 < 4 | 6 ", 0);
+    make_texts(f, "", "<s>ac");
+    expect(f, "0 < | 4 6 ", 0);
+    f->config.model.template_kind = SPURION_TEMPLATE_HH;
+    make_texts(f, "a", "c");
+    expect(f, "4 | 6 ", 0);
+    f->form = SPURION_FORM_PLAIN;
 }
 
 static void test_sequence_hh_template(void **state)
@@ -289,6 +316,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_sequence_token_over_the_border_belongs_to_the_completion, setup, teardown),
         cmocka_unit_test_setup_teardown(test_sequence_appends_eos_and_warns_when_it_is_the_pad, setup, teardown),
         cmocka_unit_test_setup_teardown(test_sequence_prompt_with_bos_gets_no_second, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_sequence_forms_say_what_is_added, setup, teardown),
         cmocka_unit_test_setup_teardown(test_sequence_hh_template, setup, teardown),
         cmocka_unit_test_setup_teardown(test_sequence_ids_are_the_whole_sequence, setup, teardown),
         cmocka_unit_test_setup_teardown(test_sequence_too_long_is_refused_or_loses_oldest_prompt, setup, teardown),

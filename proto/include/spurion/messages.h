@@ -177,6 +177,7 @@ typedef struct spurion_row {
     int32_t rule_count;
     uint32_t warnings;
     int64_t time_ms;
+    spurion_action action;
 } spurion_row;
 
 typedef struct spurion_query_reply {
@@ -337,6 +338,8 @@ typedef struct spurion_rule_row {
     float rate_max, alpha;
     const spurion_bytes *families;
     int32_t family_count;         /* 0: all */
+    spurion_action action;
+    float weight;                 /* with DOWN_WEIGHT */
 } spurion_rule_row;
 
 typedef struct spurion_rules_reply {

@@ -20,6 +20,17 @@ typedef struct spurion_bytes {
     size_t size;
 } spurion_bytes;
 
+/* What the texts of a rollout are. */
+typedef enum spurion_text_form {
+    SPURION_FORM_PLAIN,     /* the configured template, leading specials and EOS are added */
+    SPURION_FORM_TEMPLATED, /* the template is in them: leading specials are added (unless they begin with BOS), no template, no EOS */
+    SPURION_FORM_VERBATIM   /* nothing is added: the tokens are those of the texts */
+} spurion_text_form;
+#define SPURION_FORM_COUNT 3
+
+/* "plain", "templated", "verbatim"; NULL past the last. */
+const char *spurion_form_name(int form);
+
 typedef struct spurion_rollout {
     spurion_bytes run, group, id; /* names; SPURION_NAME_BYTES_MAX, UTF-8 without control characters */
     int64_t step;                 /* trainer step, >= 0 */
@@ -32,6 +43,7 @@ typedef struct spurion_rollout {
     spurion_bytes tags;           /* a JSON object as text, or absent */
     int32_t group_size;           /* members to wait for; 0: not said */
     spurion_bytes messages;       /* instead of the texts: a JSON array of {"role", "content"} as text, the last by the assistant; or absent */
+    spurion_text_form text_form;  /* of prompt and completion; ids have none */
 } spurion_rollout;
 
 /* Warnings: a set. Names on the wire and in JSON: spurion_warning_name. */
@@ -89,6 +101,20 @@ typedef struct spurion_flag {
     int32_t feature_count;
 } spurion_flag;
 
+/* What a rule asks a trainer to do with a flagged rollout, the weakest first: of several rules the strongest is done. */
+typedef enum spurion_action {
+    SPURION_ACTION_NONE,        /* no flag */
+    SPURION_ACTION_LOG,         /* recorded with the rollout */
+    SPURION_ACTION_ALERT,       /* and alerted, as the rule's `alert` says */
+    SPURION_ACTION_DOWN_WEIGHT, /* its loss counts less */
+    SPURION_ACTION_REPLACE,     /* the counterfactual reward stands for the reward */
+    SPURION_ACTION_DROP         /* left out of the update */
+} spurion_action;
+#define SPURION_ACTION_COUNT 6
+
+/* "none", "log", "alert", "down_weight", "replace", "drop"; NULL past the last. */
+const char *spurion_action_name(int action);
+
 /* Per-token view of the completion positions, present when asked for. */
 typedef struct spurion_tokens {
     int32_t count;               /* |C| */
@@ -124,6 +150,11 @@ typedef struct spurion_verdict {
     int32_t flag_count;
     const spurion_feature *features;
     int32_t feature_count;
+    spurion_action action;       /* the strongest of its flags' rules */
+    spurion_bytes action_rule;   /* that rule, the first in their order; absent: none */
+    float action_reward;         /* counterfactual_reward with REPLACE, else reward */
+    float action_weight;         /* 1; less with DOWN_WEIGHT; 0 with DROP */
+    spurion_opt_float action_advantage; /* in the group as it is after the actions; null with DROP and in a group of one */
     char provenance[17];         /* 16 hex digits */
     uint32_t warnings;           /* spurion_warning bits */
     const spurion_tokens *tokens; /* NULL unless asked for */
