@@ -72,7 +72,7 @@ typedef struct spurion_config {
     int32_t sae_count;
     struct {
         spurion_method method;
-        spurion_when when;
+        spurion_when when, l0_mean;
         int ig_steps;
         spurion_ig_rule ig_rule;
         spurion_scope scope;

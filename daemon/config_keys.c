@@ -55,6 +55,9 @@ static const spurion_key config_rows[] = {
      "gradient at the clean run, integrated gradients, or no attribution"},
     {"attribution", "when", SPURION_KEY_ENUM, AT(attribution.when), NO_AUX, 0, 0, whens, "all", NULL,
      "explain every rollout, or only those on which a rule fires"},
+    {"attribution", "l0_mean", SPURION_KEY_ENUM, AT(attribution.l0_mean), NO_AUX, 0, 0, whens, "all", NULL,
+     "measure l0_mean in every rollout, or only where features are explained: watched features are then looked at first, and the whole "
+     "dictionary only where one of them could be active"},
     {"attribution", "ig_steps", SPURION_KEY_INT, AT(attribution.ig_steps), NO_AUX, 1, 1000, NULL, "10", NULL,
      "points on the path of integrated gradients"},
     {"attribution", "ig_rule", SPURION_KEY_ENUM, AT(attribution.ig_rule), NO_AUX, 0, 0, ig_rules, "midpoint", NULL,

@@ -219,7 +219,8 @@ static size_t host_rows_bytes(const spurion_engine *e, int rows)
     size_t bytes = 0;
     for (int i = 0; i < e->sae_count; i++) {
         const spurion_sae_weights *w = &e->saes[i]->full;
-        size_t slots = (size_t)spurion_sae_slots(w->kind, w->k, w->F, rows);
+        size_t slots = (size_t)spurion_sae_slots(w->kind, w->k, w->F, rows), part = (size_t)e->saes[i]->watched.F;
+        slots = slots > part ? slots : part;
         bytes += (size_t)rows * (4 + slots * 8 + (e->gradients ? slots * 4 + 8 : 0)) + (size_t)w->F * 32;
     }
     return bytes;
@@ -297,7 +298,8 @@ static spurion_status host_take(spurion_engine *e, int i)
     const spurion_sae *s = e->saes[i];
     spurion_sae_rows *h = &e->host[i];
     spurion_tally *y = &e->tally[i];
-    size_t n = (size_t)e->rows_max, cells = n * (size_t)s->full.slots, F = (size_t)s->full.F;
+    int slots = s->full.slots > s->watched.F ? s->full.slots : s->watched.F;
+    size_t n = (size_t)e->rows_max, cells = n * (size_t)slots, F = (size_t)s->full.F;
 
     h->count = touched(n, sizeof *h->count);
     h->index = touched(cells, sizeof *h->index);
@@ -418,6 +420,7 @@ spurion_status spurion_engine_create(spurion_engine **out, const spurion_config 
     e->config = config;
     e->scope_all = config->attribution.scope == SPURION_SCOPE_ALL;
     e->gradients = config->attribution.method != SPURION_METHOD_NONE && config->sae_count;
+    e->watch_first = config->attribution.l0_mean == SPURION_WHEN_FLAGGED;
     spurion_arena_init(&e->arena, 0);
     SPURION_TRY(st, files_load(e, l));
     e->variants = config->sae_count && (e->catalogue.entry_count || config->attribution.method == SPURION_METHOD_IG ||

@@ -10,6 +10,7 @@
 
 /* Features of one SAE over the completion rows of a pass, on the host. */
 typedef struct spurion_sae_rows {
+    int slots;               /* of what it holds now: of the whole dictionary, or of its watched features */
     int32_t *count, *index;  /* (rows), (rows, slots) */
     float *value;            /* (rows, slots) */
     float *attribution;      /* (rows, slots), or NULL without gradients */
@@ -38,6 +39,7 @@ struct spurion_engine {
     spurion_sequence_rules sequence;
 
     bool gradients, variants, scope_all;
+    bool watch_first; /* passes without gradients encode watched features only */
     bool *hook_points;    /* (4 * layers + 1): where a forward pass stops for an SAE or to keep the stream */
     bool *sae_points;     /* (4 * layers + 1): where an SAE reads */
     float **point_x;      /* (4 * layers + 1) device (rows, d): the clean stream at hook points; NULL elsewhere */
@@ -79,7 +81,7 @@ typedef struct spurion_measured {
 spurion_status spurion_measure(spurion_engine *e, spurion_job *const *jobs, int job_count, bool explain, bool ablate) SPURION_MUST_USE;
 
 /* Downloads the clean features of every SAE into e->host. */
-spurion_status spurion_evidence_download(spurion_engine *e, int rows) SPURION_MUST_USE;
+spurion_status spurion_evidence_download(spurion_engine *e, int rows, bool watched) SPURION_MUST_USE;
 /* Active catalogued features of one member; refuses the job when a row overflowed. */
 spurion_status spurion_evidence_active(spurion_engine *e, const spurion_member *m) SPURION_MUST_USE;
 /* verdict.saes, features and tokens of one member from e->host. scale: factor on attributions (1, or 1 / steps), per SAE method. */

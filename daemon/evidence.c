@@ -9,7 +9,7 @@
 #include "daemon/base/check.h"
 #include "daemon/model/tokenizer.h"
 
-spurion_status spurion_evidence_download(spurion_engine *e, int rows)
+spurion_status spurion_evidence_download(spurion_engine *e, int rows, bool watched)
 {
     spurion_status st = spurion_ok();
     const spurion_ops *ops = e->dev->ops;
@@ -17,12 +17,18 @@ spurion_status spurion_evidence_download(spurion_engine *e, int rows)
 
     for (int i = 0; i < e->sae_count; i++) {
         const spurion_sae *s = e->saes[i];
+        const spurion_sparse *f = watched ? &s->live : &s->clean;
         spurion_sae_rows *h = &e->host[i];
-        size_t cells = n * (size_t)s->full.slots;
-        SPURION_TRY(st, ops->download(e->dev, h->count, s->clean.count, n * sizeof(int32_t)));
-        SPURION_TRY(st, ops->download(e->dev, h->index, s->clean.index, cells * sizeof(int32_t)));
-        SPURION_TRY(st, ops->download(e->dev, h->value, s->clean.value, cells * sizeof(float)));
-        if (s->attribution) {
+        h->slots = f->slots;
+        if (watched && !s->watches) {
+            memset(h->count, 0, n * sizeof *h->count);
+            continue;
+        }
+        size_t cells = n * (size_t)f->slots;
+        SPURION_TRY(st, ops->download(e->dev, h->count, f->count, n * sizeof(int32_t)));
+        SPURION_TRY(st, ops->download(e->dev, h->index, f->index, cells * sizeof(int32_t)));
+        SPURION_TRY(st, ops->download(e->dev, h->value, f->value, cells * sizeof(float)));
+        if (s->attribution && !watched) {
             SPURION_TRY(st, ops->download(e->dev, h->attribution, s->attribution, cells * sizeof(float)));
             SPURION_TRY(st, ops->download(e->dev, h->xg, s->xg, n * sizeof(float)));
             SPURION_TRY(st, ops->download(e->dev, h->bg, s->bg, n * sizeof(float)));
@@ -41,7 +47,7 @@ static spurion_status out_of_memory(void)
 static bool overflowed(const spurion_engine *e, const spurion_member *m)
 {
     for (int i = 0; i < e->sae_count; i++) {
-        int slots = e->saes[i]->full.slots;
+        int slots = e->host[i].slots;
         for (int t = 0; t < m->count - m->start; t++) {
             int found = e->host[i].count[m->row + t];
             if (found > slots) {
@@ -73,7 +79,7 @@ spurion_status spurion_evidence_active(spurion_engine *e, const spurion_member *
         return spurion_ok();
     }
     for (int i = 0; i < e->sae_count; i++) {
-        int slots = e->saes[i]->full.slots;
+        int slots = e->host[i].slots;
         for (int t = 0; t < m->count - m->start; t++) {
             size_t at = (size_t)(m->row + t) * (size_t)slots;
             for (int s = 0; s < e->host[i].count[m->row + t]; s++) {
@@ -156,7 +162,9 @@ static void summary_fill(spurion_sae_summary *out, const spurion_engine *e, int 
 
     out->sae.data = e->saes[sae]->id;
     out->sae.size = strlen(e->saes[sae]->id);
-    out->l0_mean = some(l0);
+    if (explained || !e->watch_first) {
+        out->l0_mean = some(l0);
+    }
     if (!explained) {
         return;
     }
@@ -356,7 +364,7 @@ static spurion_status tokens_fill(spurion_engine *e, const spurion_member *m, bo
         position[t] = m->start + t;
         SPURION_TRY(st, token_text(&text[t], arena, e->tokenizer, k->id[t]));
         for (int i = 0; explained && i < e->sae_count; i++) {
-            int slots = e->saes[i]->full.slots;
+            int slots = e->host[i].slots;
             double sum = 0.0;
             for (int s = 0; s < e->host[i].count[m->row + t]; s++) {
                 sum += e->host[i].attribution[(size_t)(m->row + t) * (size_t)slots + (size_t)s] * scale;
@@ -379,7 +387,7 @@ static spurion_status parts_keep(spurion_engine *e, const spurion_member *m, dou
 
     for (int pass = 0, n = 0; pass < 2; pass++, n = 0) {
         for (int i = 0; i < e->sae_count; i++) {
-            int slots = e->saes[i]->full.slots;
+            int slots = e->host[i].slots;
             for (int t = 0; t < m->count - m->start; t++) {
                 size_t at = (size_t)(m->row + t) * (size_t)slots;
                 for (int s = 0; s < e->host[i].count[m->row + t]; s++) {
@@ -422,7 +430,7 @@ spurion_status spurion_evidence_fill(spurion_engine *e, const spurion_member *m,
         return out_of_memory();
     }
     for (int i = 0; i < e->sae_count; i++) {
-        double l0 = tally_fill(&e->tally[i], &e->host[i], m, e->saes[i]->full.slots, explained, scale);
+        double l0 = tally_fill(&e->tally[i], &e->host[i], m, e->host[i].slots, explained, scale);
         summary_fill(&saes[i], e, i, m, explained, scale, l0);
     }
     job->verdict.saes = saes;

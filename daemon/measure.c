@@ -11,6 +11,7 @@ typedef struct measurement {
     spurion_engine *e;
     spurion_packed packed;
     bool explain;
+    bool watch;             /* the clean pass looks at watched features only */
     const spurion_sae *sae; /* of integrated gradients, or NULL */
     int rows;               /* completion rows of the pass under way */
 } measurement;
@@ -33,7 +34,9 @@ static spurion_status clean_hook(void *context, int point, float *x)
     }
     for (int i = 0; i < e->sae_count; i++) {
         spurion_sae *s = e->saes[i];
-        if (s->point == point) {
+        if (s->point == point && k->watch && s->watches) {
+            SPURION_TRY(st, spurion_sae_encode_live(s, x, k->rows));
+        } else if (s->point == point && !k->watch) {
             SPURION_TRY(st, e->dev->ops->sae_encode(e->dev, &s->clean, &s->full, x, s->scratch, k->rows));
         }
     }
@@ -109,7 +112,7 @@ static spurion_status clean_run(measurement *k)
     if (pass.save) {
         SPURION_TRY(st, spurion_model_backward(e->model, &e->w, &pass, e->lowest, gradient_tap, k));
     }
-    SPURION_TRY(st, spurion_evidence_download(e, p->completion_rows));
+    SPURION_TRY(st, spurion_evidence_download(e, p->completion_rows, k->watch));
 out:
     return st;
 }
@@ -183,7 +186,7 @@ static spurion_status ablation_hook(void *context, int point, float *x)
     for (int i = 0; i < e->sae_count; i++) {
         spurion_sae *s = e->saes[i];
         if (s->point == point) {
-            SPURION_TRY(st, e->dev->ops->sae_subtract(e->dev, x, &s->live, s->watched.F ? &s->watched : &s->full, &s->sets, e->d_row_set, k->rows));
+            SPURION_TRY(st, e->dev->ops->sae_subtract(e->dev, x, &s->live, &s->full, &s->sets, e->d_row_set, k->rows));
         }
     }
 out:
@@ -519,7 +522,7 @@ static spurion_status explain_all(measurement *k)
         }
     }
     if (e->config->attribution.method == SPURION_METHOD_IG) {
-        SPURION_TRY(st, spurion_evidence_download(e, k->packed.completion_rows));
+        SPURION_TRY(st, spurion_evidence_download(e, k->packed.completion_rows, false));
     }
 out:
     return st;
@@ -565,6 +568,7 @@ spurion_status spurion_measure(spurion_engine *e, spurion_job *const *jobs, int 
 {
     spurion_status st;
     measurement k = {.e = e, .explain = explain && e->config->attribution.method != SPURION_METHOD_NONE};
+    k.watch = e->watch_first && !k.explain;
     double scale = e->config->attribution.method == SPURION_METHOD_IG ? 1.0 / e->config->attribution.ig_steps : 1.0;
 
     spurion_arena_reset(&e->arena);

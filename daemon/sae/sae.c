@@ -160,6 +160,8 @@ static spurion_status watched_put(spurion_sae *s, const spurion_sae_file *f, con
         SPURION_TRY(st, rows_gather(to[i], from[i], rows, count, width));
     }
     SPURION_TRY(st, weights_put(&s->watched, s, &part, dtype));
+    SPURION_TRY(st, put((const void **)&s->member, s, rows, (size_t)count * sizeof *rows));
+    s->watched.slots = count; /* a list of members never overflows */
 out:
     for (size_t i = 0; i < parts; i++) {
         free(*to[i]);
@@ -167,23 +169,21 @@ out:
     return st;
 }
 
-/* Appends the members of one set that belong to SAE `place`: as dictionary rows, or as rows of its watched part (local != NULL). */
-static int set_append(int32_t *index, float *minimum, int at, const spurion_catalogue *c, const int32_t *entries, int count, int place,
-                      const int32_t *local)
+/* Appends the members of one set that belong to SAE `place`. */
+static int set_append(int32_t *index, float *minimum, int at, const spurion_catalogue *c, const int32_t *entries, int count, int place)
 {
     for (int i = 0; i < count; i++) {
         const spurion_catalogue_entry *e = &c->entries[entries[i]];
         if (e->sae == place && e->spurious) {
-            index[at] = local ? local[entries[i]] : e->index;
+            index[at] = e->index;
             minimum[at++] = e->activation_min;
         }
     }
     return at;
 }
 
-/* The catalogue's sets and, after them, every entry as a set of its own, restricted to this SAE. local: rows of the watched part by
- * catalogue entry, or NULL when the whole dictionary is encoded. */
-static spurion_status sets_put(spurion_sae *s, const spurion_catalogue *c, int place, const int32_t *local)
+/* The catalogue's sets and, after them, every entry as a set of its own, restricted to this SAE. */
+static spurion_status sets_put(spurion_sae *s, const spurion_catalogue *c, int place)
 {
     spurion_status st;
     int total = c->set_count + c->entry_count, members = c->entry_count, at = 0;
@@ -204,8 +204,8 @@ static spurion_status sets_put(spurion_sae *s, const spurion_catalogue *c, int p
     for (int i = 0; i < total; i++) {
         int32_t single = i - c->set_count;
         begin[i] = at;
-        at = i < c->set_count ? set_append(index, minimum, at, c, c->sets[i].entries, c->sets[i].count, place, local)
-                              : set_append(index, minimum, at, c, &single, 1, place, local);
+        at = i < c->set_count ? set_append(index, minimum, at, c, c->sets[i].entries, c->sets[i].count, place)
+                              : set_append(index, minimum, at, c, &single, 1, place);
         s->set_touches[i] = at > begin[i];
     }
     begin[total] = at;
@@ -222,9 +222,7 @@ out:
 spurion_status spurion_sae_watch(spurion_sae *s, const spurion_sae_file *file, const spurion_catalogue *catalogue, int place, spurion_dtype dtype)
 {
     spurion_status st;
-    bool independent = file->kind != SPURION_SAE_TOPK && file->kind != SPURION_SAE_GROUPMAX;
-    int32_t *rows = malloc(((size_t)catalogue->entry_count + 1) * 2 * sizeof *rows);
-    int32_t *local = rows + catalogue->entry_count + 1;
+    int32_t *rows = malloc(((size_t)catalogue->entry_count + 1) * sizeof *rows);
     int count = 0;
 
     if (!rows) {
@@ -232,14 +230,14 @@ spurion_status spurion_sae_watch(spurion_sae *s, const spurion_sae_file *file, c
     }
     for (int i = 0; i < catalogue->entry_count; i++) { /* ascending by (sae, index) */
         if (catalogue->entries[i].sae == place && catalogue->entries[i].spurious) {
-            local[i] = count;
             rows[count++] = catalogue->entries[i].index;
         }
     }
-    if (independent && count) {
+    s->watches = count > 0;
+    if (count && file->kind != SPURION_SAE_GROUPMAX) {
         SPURION_TRY(st, watched_put(s, file, rows, count, dtype));
     }
-    SPURION_TRY(st, sets_put(s, catalogue, place, s->watched.F ? local : NULL));
+    SPURION_TRY(st, sets_put(s, catalogue, place));
 out:
     free(rows);
     return st;
@@ -250,6 +248,14 @@ static size_t sparse_bytes(int rows, int slots)
     return (size_t)rows * (3 * 4 + (size_t)slots * 8);
 }
 
+/* Scratch of either way to encode; full: with its slots set. */
+static size_t scratch_bytes(const spurion_sae *s, const spurion_sae_weights *full, int rows)
+{
+    size_t whole = s->dev->ops->sae_scratch_bytes(s->dev, full, rows);
+    size_t part = s->watched.F ? s->dev->ops->sae_scratch_bytes(s->dev, &s->watched, rows) : 0;
+    return whole > part ? whole : part;
+}
+
 size_t spurion_sae_buffer_bytes(const spurion_sae *s, int rows, bool gradients, bool variants)
 {
     int slots = spurion_sae_slots(s->full.kind, s->full.k, s->full.F, rows);
@@ -257,7 +263,7 @@ size_t spurion_sae_buffer_bytes(const spurion_sae *s, int rows, bool gradients, 
     size_t bytes = sparse_bytes(rows, slots) + (variants ? sparse_bytes(rows, s->watched.F ? s->watched.F : slots) : 0);
 
     w.slots = slots;
-    bytes += s->dev->ops->sae_scratch_bytes(s->dev, &w, rows);
+    bytes += scratch_bytes(s, &w, rows);
     return bytes + (gradients ? (size_t)rows * ((size_t)slots + 2) * 4 : 0);
 }
 
@@ -294,7 +300,6 @@ spurion_status spurion_sae_reserve(spurion_sae *s, int rows, bool gradients, boo
     size_t n = (size_t)rows;
 
     s->full.slots = spurion_sae_slots(s->full.kind, s->full.k, s->full.F, rows);
-    s->watched.slots = s->watched.F; /* a variant never overflows */
     SPURION_TRY(st, sparse_reserve(&s->clean, s, rows, s->full.slots));
     if (variants) {
         SPURION_TRY(st, sparse_reserve(&s->live, s, rows, s->watched.F ? s->watched.F : s->full.slots));
@@ -304,15 +309,16 @@ spurion_status spurion_sae_reserve(spurion_sae *s, int rows, bool gradients, boo
         SPURION_TRY(st, block(&s->xg, s, n * 4));
         SPURION_TRY(st, block(&s->bg, s, n * 4));
     }
-    SPURION_TRY(st, block(&s->scratch, s, s->dev->ops->sae_scratch_bytes(s->dev, &s->full, rows)));
+    SPURION_TRY(st, block(&s->scratch, s, scratch_bytes(s, &s->full, rows)));
 out:
     return st;
 }
 
 spurion_status spurion_sae_encode_live(spurion_sae *s, const float *x, int rows)
 {
-    const spurion_sae_weights *w = s->watched.F ? &s->watched : &s->full;
-    return s->dev->ops->sae_encode(s->dev, &s->live, w, x, s->scratch, rows);
+    const spurion_ops *ops = s->dev->ops;
+    return s->watched.F ? ops->sae_encode_members(s->dev, &s->live, &s->full, &s->watched, s->member, x, s->scratch, rows)
+                        : ops->sae_encode(s->dev, &s->live, &s->full, x, s->scratch, rows);
 }
 
 static void weights_free(spurion_dev *dev, spurion_sae_weights *w)
@@ -340,6 +346,7 @@ void spurion_sae_destroy(spurion_sae *s)
     const void *blocks[] = {s->sets.begin, s->sets.index, s->sets.activation_min, s->attribution, s->xg, s->bg, s->scratch};
     weights_free(s->dev, &s->full);
     weights_free(s->dev, &s->watched);
+    s->dev->ops->free(s->dev, (void *)s->member);
     sparse_free(s->dev, &s->clean);
     sparse_free(s->dev, &s->live);
     for (size_t i = 0; i < sizeof blocks / sizeof *blocks; i++) {

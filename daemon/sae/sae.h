@@ -17,9 +17,10 @@ typedef struct spurion_sae {
     unsigned char digest[32];
     spurion_dev *dev;
     spurion_sae_weights full;    /* the whole dictionary */
-    spurion_sae_weights watched; /* rows of the catalogued spurious features, ascending; F 0 when none, or when the kind selects
-                                  * over the whole dictionary (top-k, group maximum) */
-    spurion_sae_sets sets;       /* device: catalogue sets, then one per catalogue entry; rows of watched where there is one, else of full */
+    bool watches;                /* some of its features are catalogued as spurious */
+    spurion_sae_weights watched; /* their rows, ascending; F 0 when there are none, and for group maxima (the whole is encoded then) */
+    const int32_t *member;       /* (watched.F) device: their indices in full */
+    spurion_sae_sets sets;       /* device: catalogue sets, then one per catalogue entry */
     bool *set_touches;           /* (set_count + entry_count): some member is of this SAE */
     spurion_sparse clean;        /* (rows): features of the clean run's completion rows */
     spurion_sparse live;         /* (rows): features of a variant under way */
@@ -49,7 +50,7 @@ spurion_status spurion_sae_reserve(spurion_sae *s, int rows, bool gradients, boo
 size_t spurion_sae_buffer_bytes(const spurion_sae *s, int rows, bool gradients, bool variants);
 void spurion_sae_destroy(spurion_sae *s);
 
-/* Encodes x for the removal of features: the watched part where the kind allows, else the whole dictionary. Into s->live. */
+/* The watched features of x (the whole dictionary where there is no watched part), into s->live. */
 spurion_status spurion_sae_encode_live(spurion_sae *s, const float *x, int rows) SPURION_MUST_USE;
 
 #endif

@@ -165,6 +165,7 @@ SPURION_CPU_DECLARE(activation);
 SPURION_CPU_DECLARE(activation_backward);
 SPURION_CPU_DECLARE(sae_scratch_bytes);
 SPURION_CPU_DECLARE(sae_encode);
+SPURION_CPU_DECLARE(sae_encode_members);
 SPURION_CPU_DECLARE(sae_attribute);
 SPURION_CPU_DECLARE(sae_subtract);
 SPURION_CPU_DECLARE(sae_bias_dot);

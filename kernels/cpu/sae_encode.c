@@ -19,8 +19,18 @@ typedef struct encode_job {
     uint64_t *entries; /* (tiles * ROWS, spans, cap) */
     int32_t *counts;   /* (tiles * ROWS, spans, 2): held, active */
     int first_row, rows, tiles, spans, cap;
+    const int32_t *gather; /* rows of x and out that the job is about; NULL: all, in order */
+    const float *bar;      /* of each of them: a row that k features exceed is settled (members, top-k); or NULL */
+    const int32_t *member; /* what index a feature is listed under; NULL: its own */
     atomic_int failed;
 } encode_job;
+
+enum { DENSE = -1, SETTLED = -2 }; /* instead of a number of candidates: too many; none that matters */
+
+static size_t row_of(const encode_job *j, int i)
+{
+    return (size_t)(j->gather == NULL ? i : j->gather[i]);
+}
 
 static bool screened(const spurion_sae_weights *sae)
 {
@@ -30,8 +40,10 @@ static bool screened(const spurion_sae_weights *sae)
 static int entry_cap(const spurion_sae_weights *sae)
 {
     switch (sae->kind) {
-    case SPURION_SAE_TOPK:
-        return (screened(sae) ? 6 : 2) * sae->k + TOP_SLACK;
+    case SPURION_SAE_TOPK: {
+        int most = (screened(sae) ? 6 : 2) * sae->k + TOP_SLACK;
+        return most > sae->slots ? most : sae->slots; /* members of a top-k dictionary are listed before they are chosen from */
+    }
     case SPURION_SAE_GROUPMAX:
         return sae->k;
     default:
@@ -66,7 +78,7 @@ static size_t block_max(int T, int threads, int chunks)
 size_t SPURION_CPU_OP(sae_scratch_bytes)(const spurion_dev *dev, const spurion_sae_weights *sae, int T)
 {
     size_t rows = block_max(T, dev->thread_count, sae->enc->forward.chunk_count) * ROWS;
-    return 64 + rows * ((size_t)entry_cap(sae) * sizeof(uint64_t) + 2 * sizeof(int32_t));
+    return 64 + rows * ((size_t)entry_cap(sae) * sizeof(uint64_t) + 2 * sizeof(int32_t)) + (size_t)T * (sizeof(int32_t) + sizeof(float));
 }
 
 /* --- input --- */
@@ -122,7 +134,8 @@ static spurion_input prepare_input(const encode_job *j, int first, int rows, voi
     int d = m->K;
     size_t stride = (size_t)m->forward.input_stride, row_bytes = stride * spurion_dtype_bytes(type);
     for (int r = 0; r < rows; r++) {
-        const float *x = j->x + (size_t)(first + r) * (size_t)d;
+        size_t row = row_of(j, first + r);
+        const float *x = j->x + row * (size_t)d;
         token_norm n = norm_of(x, d, j->sae->norm);
         memset((char *)scratch + (size_t)r * row_bytes, 0, row_bytes);
         for (int c = 0; c < d; c += VW) {
@@ -131,8 +144,8 @@ static spurion_input prepare_input(const encode_job *j, int first, int rows, voi
             v_store_act(scratch, (size_t)r * stride + (size_t)c, v, d - c, type);
         }
         if (report) {
-            j->out->token_scale[first + r] = n.scale;
-            j->out->token_shift[first + r] = n.shift;
+            j->out->token_scale[row] = n.scale;
+            j->out->token_shift[row] = n.shift;
         }
     }
     memset((char *)scratch + (size_t)rows * row_bytes, 0, (size_t)(ROWS - rows) * row_bytes);
@@ -150,7 +163,7 @@ static void prepare_exact(exact_input *e, const encode_job *j, int first, int ro
     size_t d = (size_t)j->sae->d;
     e->u = (float *)(void *)(scratch + spurion_product_scratch(j->sae->enc, &j->sae->enc->forward));
     for (int r = 0; r < rows; r++) {
-        const float *x = j->x + (size_t)(first + r) * d;
+        const float *x = j->x + row_of(j, first + r) * d;
         norm_row(e->u + (size_t)r * d, x, norm_of(x, (int)d, j->sae->norm), (int)d);
         e->bound[r] = screen_bound_of(e->u + (size_t)r * d, (int)d);
     }
@@ -239,7 +252,7 @@ static void begin_rows(select_row *rows, const encode_job *j, int tile, int span
 static void end_rows(select_row *state, const encode_job *j, int tile, int span, int rows)
 {
     for (int r = 0; r < rows; r++) {
-        if (j->sae->kind == SPURION_SAE_TOPK && !screened(j->sae)) {
+        if (j->sae->kind == SPURION_SAE_TOPK && !screened(j->sae) && state[r].count >= 0) {
             select_shrink(&state[r], j->sae->k);
         }
         j->counts[2 * block_of(j, tile, r, span)] = state[r].count;
@@ -247,48 +260,110 @@ static void end_rows(select_row *state, const encode_job *j, int tile, int span,
     }
 }
 
+/* One item under way: rows that nothing can change any more leave it. */
+typedef struct encode_tile {
+    select_row state[ROWS];
+    exact_input exact;
+    int live[ROWS]; /* row of the tile that stands at each row of the input */
+    spurion_input input;
+} encode_tile;
+
+static void begin_tile(encode_tile *e, const encode_job *j, int tile, int span, int worker)
+{
+    int first = j->first_row + tile * ROWS, left = j->first_row + j->rows - first, rows = left < ROWS ? left : ROWS;
+    e->exact.u = NULL;
+    e->input = prepare_input(j, first, rows, j->cpu->scratch[worker], span == 0 && j->bar == NULL);
+    begin_rows(e->state, j, tile, span);
+    if (screened(j->sae)) {
+        prepare_exact(&e->exact, j, first, rows, j->cpu->scratch[worker]);
+    }
+    for (int r = 0; r < rows; r++) {
+        e->live[r] = r;
+        if (screened(j->sae) && j->sae->kind == SPURION_SAE_TOPK && !isfinite(e->exact.bound[r].loss)) {
+            e->state[r].count = DENSE;
+        }
+    }
+}
+
+/* Whether k features exceed the row's bar by now. */
+static bool settled(select_row *s, const encode_job *j, const exact_input *e, int row, float bar)
+{
+    if (s->count <= j->sae->k) {
+        return false;
+    }
+    if (screened(j->sae)) {
+        s->count = screen_shrink(s->entries, s->count, &s->floor, j->sae, e->bound[row]);
+    } else {
+        select_shrink(s, j->sae->k);
+    }
+    return s->floor > bar;
+}
+
+/* Takes settled rows out of the input. */
+static void drop_settled(encode_tile *e, const encode_job *j, int first, void *rows)
+{
+    size_t bytes = e->input.stride * spurion_dtype_bytes(spurion_product_type(j->sae->enc));
+    int kept = 0;
+    for (int i = 0; i < e->input.count; i++) {
+        int r = e->live[i];
+        if (settled(&e->state[r], j, &e->exact, r, j->bar[first + r])) {
+            e->state[r].count = SETTLED;
+            continue;
+        }
+        if (kept < i) {
+            memcpy((char *)rows + (size_t)kept * bytes, (char *)rows + (size_t)i * bytes, bytes);
+        }
+        e->live[kept++] = r;
+    }
+    e->input.count = kept;
+}
+
+/* Products of one chunk of features with all rows of the tile, and what they choose. */
+static bool encode_chunk(encode_tile *e, encode_job *j, int chunk, int worker)
+{
+    const spurion_product *p = &j->sae->enc->forward;
+    int size = spurion_product_chunk_size(p, chunk), first = chunk * p->chunk;
+    for (int at = 0; at < e->input.count; at += p->tile_rows) {
+        spurion_input part = input_part(e->input, at, p->tile_rows, spurion_product_type(j->sae->enc));
+        size_t stride;
+        float *products = spurion_product_tile(&stride, j->cpu, p, part, chunk, worker);
+        if (products == NULL) {
+            return false;
+        }
+        for (int i = 0; i < part.count; i++) {
+            int r = e->live[at + i];
+            if (screened(j->sae)) {
+                screen_row_chunk(&e->state[r], products + (size_t)i * stride, size, first, j, &e->exact, r);
+            } else {
+                select_row_chunk(&e->state[r], products + (size_t)i * stride, size, first, j);
+            }
+        }
+    }
+    return true;
+}
+
 static void encode_item(void *context, int64_t item, int worker)
 {
     encode_job *j = context;
     const spurion_product *p = &j->sae->enc->forward;
-    int tile = (int)(item / j->spans), span = (int)(item % j->spans), first = j->first_row + tile * ROWS;
-    int left = j->first_row + j->rows - first, rows = left < ROWS ? left : ROWS;
+    int tile = (int)(item / j->spans), span = (int)(item % j->spans);
     int begin = p->chunk_count * span / j->spans, end = p->chunk_count * (span + 1) / j->spans;
-    select_row state[ROWS];
-    exact_input exact;
-    exact.u = NULL;
-    spurion_input input = prepare_input(j, first, rows, j->cpu->scratch[worker], span == 0);
+    encode_tile e;
 
-    begin_rows(state, j, tile, span);
-    if (screened(j->sae)) {
-        prepare_exact(&exact, j, first, rows, j->cpu->scratch[worker]);
-    }
-    for (int r = 0; screened(j->sae) && r < rows; r++) {
-        state[r].count = isfinite(exact.bound[r].loss) || j->sae->kind != SPURION_SAE_TOPK ? 0 : -1;
-    }
+    begin_tile(&e, j, tile, span, worker);
+    int rows = e.input.count;
     spurion_product_begin(j->cpu, p);
-    for (int c = begin; c < end; c++) {
-        int size = spurion_product_chunk_size(p, c);
-        for (int at = 0; at < rows; at += p->tile_rows) {
-            spurion_input part = input_part(input, at, p->tile_rows, spurion_product_type(j->sae->enc));
-            size_t stride;
-            float *products = spurion_product_tile(&stride, j->cpu, p, part, c, worker);
-            if (products == NULL) {
-                atomic_store(&j->failed, 1);
-                c = end;
-                break;
-            }
-            for (int r = 0; r < part.count; r++) {
-                if (screened(j->sae)) {
-                    screen_row_chunk(&state[at + r], products + (size_t)r * stride, size, c * p->chunk, j, &exact, at + r);
-                } else {
-                    select_row_chunk(&state[at + r], products + (size_t)r * stride, size, c * p->chunk, j);
-                }
-            }
+    for (int c = begin; c < end && e.input.count > 0; c++) {
+        if (!encode_chunk(&e, j, c, worker)) {
+            atomic_store(&j->failed, 1);
+            break;
+        }
+        if (j->bar != NULL) {
+            drop_settled(&e, j, j->first_row + tile * ROWS, j->cpu->scratch[worker]);
         }
     }
     spurion_product_end(p);
-    end_rows(state, j, tile, span, rows);
+    end_rows(e.state, j, tile, span, rows);
 }
 
 /* --- joining spans --- */
@@ -310,7 +385,7 @@ static int join_screened(uint64_t *e, const int32_t *counts, const encode_job *j
     int d = j->sae->d, n = 0;
     const float *x = j->x + t * (size_t)d;
     for (int s = 0; s < j->spans; s++) {
-        n = counts[2 * s] < 0 ? -1 : n;
+        n = counts[2 * s] < 0 ? DENSE : n;
     }
     norm_row(u, x, norm_of(x, d, j->sae->norm), d);
     return screen_finish(e, n < 0 ? n : join_spans(e, counts, j), j->cap, u, screen_bound_of(u, d), j->sae);
@@ -342,34 +417,78 @@ static int flip_all(uint64_t *e, int n)
     return n;
 }
 
-static void join_row(void *context, int64_t item, int worker)
+static bool row_settled(const int32_t *counts, const encode_job *j)
 {
-    const encode_job *j = context;
-    const spurion_sae_weights *sae = j->sae;
-    size_t block = block_of(j, 0, (int)item, 0), t = (size_t)(j->first_row + item), slots = (size_t)j->out->slots;
-    uint64_t *e = j->entries + block * (size_t)j->cap;
-    const int32_t *counts = j->counts + 2 * block;
-    int n, active = 0;
+    bool yes = false;
+    for (int s = 0; s < j->spans; s++) {
+        yes = yes || counts[2 * s] == SETTLED;
+    }
+    return yes;
+}
 
+/* Entries of all spans, ascending by index; *active: f != 0, also beyond what is held. */
+static int join_entries(int *active, uint64_t *e, const int32_t *counts, const encode_job *j, size_t t, float *u)
+{
+    const spurion_sae_weights *sae = j->sae;
+    int n;
+    *active = 0;
     if (sae->kind == SPURION_SAE_TOPK) {
-        n = screened(sae) ? join_screened(e, counts, j, t, (float *)(void *)j->cpu->scratch[worker]) : join_spans(e, counts, j);
+        n = screened(sae) ? join_screened(e, counts, j, t, u) : join_spans(e, counts, j);
         if (n > sae->k) {
             (void)select_largest(e, n, sae->k);
             n = sae->k;
         }
-        active = flip_all(e, n);
-    } else if (sae->kind == SPURION_SAE_GROUPMAX) {
-        n = join_groups(e, j);
-        active = flip_all(e, n);
-    } else {
-        n = join_spans(e, counts, j);
-        for (int s = 0; s < j->spans; s++) {
-            active += counts[2 * s + 1];
+        return *active = flip_all(e, n);
+    }
+    if (sae->kind == SPURION_SAE_GROUPMAX) {
+        return *active = flip_all(e, join_groups(e, j));
+    }
+    n = join_spans(e, counts, j);
+    for (int s = 0; s < j->spans; s++) {
+        *active += counts[2 * s + 1];
+    }
+    return n;
+}
+
+/* Leaves of the row's members those that stand among the n entries; both ascend. */
+static void keep_members(const encode_job *j, size_t t, const uint64_t *e, int n)
+{
+    int32_t *index = j->out->index + t * (size_t)j->out->slots;
+    float *value = j->out->value + t * (size_t)j->out->slots;
+    int kept = 0;
+    for (int i = 0, k = 0; i < j->out->count[t]; i++) {
+        while (k < n && (int32_t)(e[k] >> 32) < index[i]) {
+            k++;
         }
+        if (k < n && (int32_t)(e[k] >> 32) == index[i]) {
+            index[kept] = index[i];
+            value[kept++] = value[i];
+        }
+    }
+    j->out->count[t] = kept;
+}
+
+static void join_row(void *context, int64_t item, int worker)
+{
+    const encode_job *j = context;
+    size_t block = block_of(j, 0, (int)item, 0), t = row_of(j, j->first_row + (int)item), slots = (size_t)j->out->slots;
+    uint64_t *e = j->entries + block * (size_t)j->cap;
+    const int32_t *counts = j->counts + 2 * block;
+    int active, n;
+
+    if (j->bar != NULL && row_settled(counts, j)) {
+        j->out->count[t] = 0;
+        return;
+    }
+    n = join_entries(&active, e, counts, j, t, (float *)(void *)j->cpu->scratch[worker]);
+    if (j->bar != NULL) {
+        keep_members(j, t, e, n);
+        return;
     }
     j->out->count[t] = active;
     for (int i = 0; i < n && i < j->out->slots; i++) {
-        j->out->index[t * slots + (size_t)i] = (int32_t)(e[i] >> 32);
+        int32_t index = (int32_t)(e[i] >> 32);
+        j->out->index[t * slots + (size_t)i] = j->member == NULL ? index : j->member[index];
         j->out->value[t * slots + (size_t)i] = select_value((uint32_t)e[i]);
     }
 }
@@ -381,30 +500,91 @@ static void place_entries(encode_job *j, void *scratch)
     j->counts = (int32_t *)(void *)(j->entries + blocks * (size_t)j->cap);
 }
 
-spurion_status SPURION_CPU_OP(sae_encode)(spurion_dev *dev, spurion_sparse *out, const spurion_sae_weights *sae, const float *x,
-                                          void *scratch, int T)
+/* Encodes T rows (of those gathered) in passes. */
+static spurion_status encode_rows(spurion_dev *dev, encode_job *j, void *scratch, int T)
 {
     double start = spurion_cpu_now();
-    encode_job job = {.cpu = spurion_cpu_of(dev), .out = out, .sae = sae, .x = x, .cap = entry_cap(sae)};
     int pass = pass_tiles(dev->thread_count) * ROWS;
 
+    j->cap = entry_cap(j->sae);
+    for (j->first_row = 0; j->first_row < T; j->first_row += pass) {
+        j->rows = T - j->first_row < pass ? T - j->first_row : pass;
+        j->tiles = (j->rows + ROWS - 1) / ROWS;
+        j->spans = span_count(j->tiles, dev->thread_count, j->sae->enc->forward.chunk_count);
+        place_entries(j, scratch);
+        spurion_pool_run(j->cpu->pool, encode_item, j, (int64_t)j->tiles * j->spans);
+        if (atomic_load(&j->failed)) {
+            return spurion_error(SPURION_INTERNAL, "oneDNN product failed in SAE encode");
+        }
+        spurion_pool_run(j->cpu->pool, join_row, j, j->rows);
+    }
+    double t = T, d = j->sae->d, F = j->sae->F;
+    spurion_cpu_count(dev, SPURION_CLASS_SAE_ENCODE, start, 2 * t * d * F, 4 * t * d + d * F * (double)spurion_dtype_bytes(j->sae->enc->dtype));
+    return spurion_ok();
+}
+
+static spurion_status encode_check(const spurion_sparse *out, const spurion_sae_weights *sae)
+{
     if (sae->enc->forward.outputs != sae->F || (sae->kind == SPURION_SAE_GROUPMAX && (sae->k <= 0 || sae->F % sae->k != 0 || screened(sae))) ||
         (sae->kind == SPURION_SAE_TOPK && (sae->k <= 0 || sae->k > out->slots))) {
         return spurion_error(SPURION_INVALID_ARGUMENT, "SAE: expected an encoder of %d features and k that fits %d slots, found %d, k %d",
                              sae->F, out->slots, sae->enc->forward.outputs, sae->k);
     }
-    for (job.first_row = 0; job.first_row < T; job.first_row += pass) {
-        job.rows = T - job.first_row < pass ? T - job.first_row : pass;
-        job.tiles = (job.rows + ROWS - 1) / ROWS;
-        job.spans = span_count(job.tiles, dev->thread_count, sae->enc->forward.chunk_count);
-        place_entries(&job, scratch);
-        spurion_pool_run(job.cpu->pool, encode_item, &job, (int64_t)job.tiles * job.spans);
-        if (atomic_load(&job.failed)) {
-            return spurion_error(SPURION_INTERNAL, "oneDNN product failed in SAE encode");
-        }
-        spurion_pool_run(job.cpu->pool, join_row, &job, job.rows);
-    }
-    double t = T, d = sae->d, F = sae->F;
-    spurion_cpu_count(dev, SPURION_CLASS_SAE_ENCODE, start, 2 * t * d * F, 4 * t * d + d * F * (double)spurion_dtype_bytes(sae->enc->dtype));
     return spurion_ok();
+}
+
+spurion_status SPURION_CPU_OP(sae_encode)(spurion_dev *dev, spurion_sparse *out, const spurion_sae_weights *sae, const float *x,
+                                          void *scratch, int T)
+{
+    spurion_status st;
+    encode_job job = {.cpu = spurion_cpu_of(dev), .out = out, .sae = sae, .x = x};
+
+    SPURION_TRY(st, encode_check(out, sae));
+    SPURION_TRY(st, encode_rows(dev, &job, scratch, T));
+out:
+    return st;
+}
+
+/* Rows in which some member may be among the k largest, and its value: what k others must exceed. */
+static int rows_in_question(int32_t *rows, float *bar, const spurion_sparse *out, int T)
+{
+    int n = 0;
+    for (int t = 0; t < T; t++) {
+        float top = 0.0f;
+        for (int i = 0; i < out->count[t]; i++) {
+            float v = out->value[(size_t)t * (size_t)out->slots + (size_t)i];
+            top = v > top ? v : top;
+        }
+        if (out->count[t] > 0) {
+            rows[n] = t;
+            bar[n++] = top;
+        }
+    }
+    return n;
+}
+
+spurion_status SPURION_CPU_OP(sae_encode_members)(spurion_dev *dev, spurion_sparse *out, const spurion_sae_weights *sae,
+                                                  const spurion_sae_weights *part, const int32_t *member, const float *x, void *scratch, int T)
+{
+    spurion_status st;
+    spurion_sae_weights lists = *part;
+    encode_job all = {.cpu = spurion_cpu_of(dev), .out = out, .sae = &lists, .x = x, .member = member};
+    encode_job some = {.cpu = spurion_cpu_of(dev), .out = out, .sae = sae, .x = x};
+    int32_t *rows = (int32_t *)scratch; /* the encoder's own scratch lies behind */
+    float *bar = (float *)(void *)(rows + T);
+
+    if (part->F > out->slots || part->enc->forward.outputs != part->F || sae->kind == SPURION_SAE_GROUPMAX) {
+        return spurion_error(SPURION_INVALID_ARGUMENT, "SAE members: expected at most %d (slots) of a kind other than groupmax, found %d",
+                             out->slots, part->F);
+    }
+    lists.kind = sae->kind == SPURION_SAE_TOPK ? SPURION_SAE_RELU : sae->kind;
+    lists.slots = part->F;
+    SPURION_TRY(st, encode_rows(dev, &all, bar + T, T));
+    if (sae->kind == SPURION_SAE_TOPK) {
+        some.gather = rows;
+        some.bar = bar;
+        SPURION_TRY(st, encode_rows(dev, &some, bar + T, rows_in_question(rows, bar, out, T)));
+    }
+out:
+    return st;
 }

@@ -36,6 +36,7 @@ static const spurion_ops table = {
     .activation_backward = SPURION_CPU_OP(activation_backward),
     .sae_scratch_bytes = SPURION_CPU_OP(sae_scratch_bytes),
     .sae_encode = SPURION_CPU_OP(sae_encode),
+    .sae_encode_members = SPURION_CPU_OP(sae_encode_members),
     .sae_attribute = SPURION_CPU_OP(sae_attribute),
     .sae_subtract = SPURION_CPU_OP(sae_subtract),
     .sae_bias_dot = SPURION_CPU_OP(sae_bias_dot),

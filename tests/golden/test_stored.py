@@ -59,6 +59,32 @@ def test_stored_case_is_reproduced(stored_case):
         pytest.skip(str(reason))
 
 
+def watched(name: str, l0_mean: str) -> list[dict]:
+    folder = HERE / "stored" / name
+    command = [daemon(), "judge", "--config", str(folder / "config.yaml"), "--set", "attribution.when=flagged", "--set", f"attribution.l0_mean={l0_mean}"]
+    done = subprocess.run(command, input=(folder / "rollouts.jsonl").read_bytes(), capture_output=True, timeout=300)
+    assert done.returncode in (0, 3), done.stderr[-3000:]
+    return [{**json.loads(line), "provenance": None} for line in done.stdout.splitlines()]
+
+
+def test_watching_first_changes_nothing_but_l0_mean(stored_case):
+    try:
+        whole, first = watched(stored_case, "all"), watched(stored_case, "flagged")
+    except Skipped as reason:
+        import pytest
+
+        pytest.skip(str(reason))
+    silent = 0
+    for a, b in zip(whole, first, strict=True):
+        for sae in a.get("saes", []):
+            if sae["attribution_sum"] is None:
+                assert sae["l0_mean"] is not None
+                sae["l0_mean"] = None
+                silent += 1
+        assert a == b
+    assert silent, "every rollout was flagged: nothing is shown"
+
+
 def test_stored_cases_are_there():
     assert len(CASES) >= 3
 

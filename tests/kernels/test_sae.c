@@ -335,6 +335,96 @@ static void test_sae_token_does_not_depend_on_company_or_threads(void **state)
     }
 }
 
+/* Gathers rows of the dictionary that encoded `s` into a dictionary of its own. */
+static spurion_sae_weights part_of(kt *t, const sae_data *s, const int32_t *member, int count, spurion_dtype dtype)
+{
+    spurion_sae_weights g = s->dev;
+    size_t n = (size_t)count, d = (size_t)s->c.d;
+    float *w = malloc(n * d * 4), *rows[6] = {s->bias, s->threshold, s->scale, s->gate, s->mag_scale, s->mag}, *to[6];
+    for (int k = 0; k < 6; k++) {
+        to[k] = malloc(n * 4);
+        for (int i = 0; i < count; i++) {
+            to[k][i] = rows[k][member[i]];
+        }
+    }
+    for (int i = 0; i < count; i++) {
+        memcpy(w + (size_t)i * d, s->w + (size_t)member[i] * d, d * 4);
+    }
+    g.F = g.slots = count;
+    KT_OK(t->ops->matrix_create(t->dev, &g.enc, w, s->c.kind == SPURION_SAE_GATED ? NULL : to[0], count, s->c.d, s->c.use ? s->c.use : SPURION_FORWARD,
+                                dtype));
+    g.threshold = kt_in(t, to[1], n * 4), g.scale = s->c.scaled ? kt_in(t, to[2], n * 4) : NULL, g.gate_bias = kt_in(t, to[3], n * 4);
+    g.mag_scale = kt_in(t, to[4], n * 4), g.mag_bias = kt_in(t, to[5], n * 4);
+    for (int k = 0; k < 6; k++) {
+        free(to[k]);
+    }
+    free(w);
+    return g;
+}
+
+/* Every 7th feature watched: their lists are what the whole encode gives of them, bit by bit. */
+static void members_case(sae_case c, int threads)
+{
+    kt t;
+    kt_open(&t, SPURION_BF16, threads);
+    sae_data s = make(&t, c, SPURION_F32);
+    int32_t member[500];
+    int count = 0;
+    for (int i = 3; i < c.F; i += 7) {
+        member[count++] = i;
+    }
+    spurion_sae_weights part = part_of(&t, &s, member, count, SPURION_F32);
+    sparse_copy all = encode(&t, &s, s.x, c.T);
+    size_t n = (size_t)(c.T * count), bytes = t.ops->sae_scratch_bytes(t.dev, &s.dev, c.T), more = t.ops->sae_scratch_bytes(t.dev, &part, c.T);
+    int32_t *counts = malloc((size_t)c.T * 4), *index = malloc(n * 4), seen = 0;
+    float *value = malloc(n * 4);
+    spurion_sparse out = {kt_out(&t, (size_t)c.T * 4), kt_out(&t, n * 4), kt_out(&t, n * 4), kt_out(&t, (size_t)c.T * 4),
+                          kt_out(&t, (size_t)c.T * 4), count};
+    KT_OK(t.ops->sae_encode_members(t.dev, &out, &s.dev, &part, kt_in(&t, member, (size_t)count * 4), kt_in(&t, s.x, (size_t)(c.T * c.d) * 4),
+                                    kt_out(&t, bytes > more ? bytes : more), c.T));
+    kt_read(&t, counts, out.count, (size_t)c.T * 4), kt_read(&t, index, out.index, n * 4), kt_read(&t, value, out.value, n * 4);
+    for (int r = 0; r < c.T; r++) {
+        int at = 0;
+        for (int i = 0; i < held(&all, r); i++) {
+            size_t from = (size_t)(r * c.slots + i);
+            if (all.index[from] % 7 == 3) {
+                assert_true(at < counts[r]);
+                assert_int_equal(index[r * count + at], all.index[from]);
+                assert_memory_equal(&value[r * count + at], &all.value[from], 4);
+                at++;
+            }
+        }
+        assert_int_equal(at, counts[r]);
+        seen += at;
+    }
+    assert_true(seen > 0);
+    free(counts), free(index), free(value);
+    drop_sparse(&all);
+    t.ops->matrix_destroy(t.dev, part.enc);
+    drop(&t, &s);
+    kt_close(&t);
+}
+
+static void test_sae_members_are_listed_as_in_the_whole_encode(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < KT_COUNT(cases); i++) {
+        sae_case c = cases[i];
+        if (c.kind == SPURION_SAE_GROUPMAX || c.F < 100) {
+            continue;
+        }
+        c.slots = c.kind == SPURION_SAE_TOPK ? c.k : c.F;
+        members_case(c, 1);
+        c.use = SPURION_SELECT;
+        members_case(c, 1);
+        members_case(c, 4);
+    }
+    sae_case large = {300, 32, 3000, 20, 20, SPURION_SAE_TOPK, SPURION_SAE_NORM_NONE, false, SPURION_SELECT}; /* rows settle chunk by chunk */
+    members_case(large, 2);
+    large.use = SPURION_FORWARD;
+    members_case(large, 2);
+}
+
 /* Scratch for many rows serves few rows too. */
 static void test_sae_scratch_grows_with_rows(void **state)
 {
@@ -494,6 +584,7 @@ int main(void)
         cmocka_unit_test(test_sae_topk_gives_ties_to_the_lowest_index),
         cmocka_unit_test(test_sae_lists_say_when_they_overflow),
         cmocka_unit_test(test_sae_token_does_not_depend_on_company_or_threads),
+        cmocka_unit_test(test_sae_members_are_listed_as_in_the_whole_encode),
         cmocka_unit_test(test_sae_scratch_grows_with_rows),
         cmocka_unit_test(test_sae_lists_attribute_subtract_and_shrink),
         cmocka_unit_test(test_sae_zero_row_has_no_features_of_its_own_scale),

@@ -202,6 +202,12 @@ typedef struct spurion_ops {
     size_t (*sae_scratch_bytes)(const spurion_dev *dev, const spurion_sae_weights *sae, int T);
     /* Encodes x (T, d) f32 and selects. scratch: sae_scratch_bytes. Exact top-k. */
     spurion_status (*sae_encode)(spurion_dev *dev, spurion_sparse *out, const spurion_sae_weights *sae, const float *x, void *scratch, int T);
+    /* Encodes part of a dictionary: lists those of its features member[0 .. part->F) (ascending, device) that are active, by their index in sae
+     * and with the values that sae_encode gives. part: the members as a dictionary of their own, of the same kind and norm, slots = its F.
+     * For TOPK a member is active when it is among the k largest of all; rows in which no member can be are left early. Not for GROUPMAX.
+     * out->slots >= part->F. scratch: the larger sae_scratch_bytes of sae and part. */
+    spurion_status (*sae_encode_members)(spurion_dev *dev, spurion_sparse *out, const spurion_sae_weights *sae, const spurion_sae_weights *part,
+                                         const int32_t *member, const float *x, void *scratch, int T);
     /* out[t,s] = value * <D_i(t), g(t)> for every entry.  out (T, slots) f32;  g (T, d). science.md section 1. */
     spurion_status (*sae_attribute)(spurion_dev *dev, float *out, const spurion_sparse *f, const spurion_sae_weights *sae, const float *g, int T);
     /* x[t] -= sum over entries of row_set[t]'s set with value > activation_min of value * D_i(t); in index order. row_set[t] < 0: none. */
