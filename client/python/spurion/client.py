@@ -335,9 +335,12 @@ class Client:
             if len(out) >= a.total or not a.feature_index:
                 return out
 
-    def end_step(self, step: int, run: str | None = None, timeout: float | None = None) -> bool:
-        """Says that everything of this step has been scored or submitted by everybody; whether the step is closed."""
+    def end_step(self, step: int, run: str | None = None, *, producer: bool = False, timeout: float | None = None) -> bool:
+        """Says that everything of this step has been scored or submitted, by everybody, or (producer=True) by this process, which gave its
+        name with every call; whether the step is closed now."""
         q = m.StepEndRequest(run=_need_run(run or self.run).encode(), step=step)
+        if producer and self._requests.producer:
+            q.producer = self._requests.producer.encode()
         return bool(self._call("StepEnd", q.SerializeToString(), m.StepEndReply, timeout=timeout).closed)
 
     # ---- the tap ---------------------------------------------------------------------------------------------------------------------
