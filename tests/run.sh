@@ -33,6 +33,7 @@ if [ $judges = 1 ]; then
         "$venv/bin/pip" install -q --disable-pip-version-check -r tests/judges.txt
         "$venv/bin/pip" install -q --disable-pip-version-check --no-deps openrlhf==0.11.0 # only its reward client is called
     fi
+    tests/trainers/venvs.sh "$venv" "${SPURION_TRAINERS:-$HOME/.cache/spurion/trainers}"
 fi
 python=
 for p in "$venv/bin/python" python3 /usr/bin/python3; do
@@ -44,7 +45,8 @@ done
 [ -n "$python" ] || { echo "run.sh: expected a Python with pytest, found none" >&2; exit 69; }
 echo "tests driven by $python"
 
-cmake --preset "$preset" -DSPURION_TESTS=ON -DSPURION_PYTHON="$python" >/dev/null
+cmake --preset "$preset" -DSPURION_TESTS=ON -DSPURION_PYTHON="$python" \
+    -DSPURION_TRAINERS="${SPURION_TRAINERS:-$HOME/.cache/spurion/trainers}" >/dev/null
 cmake --build --preset "$preset" | { grep -E "warning|error|FAILED" || true; }
 
 report=$here/build/$preset/tests.xml

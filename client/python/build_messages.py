@@ -48,13 +48,12 @@ def compile_set(proto: Path) -> bytes:
 
 
 def write(out: Path, proto: Path | None = None) -> None:
-    """Writes the module, only when it changes."""
+    """Writes the module."""
     data = compile_set(proto or find_proto())
     rows = "".join(f"    {data[i:i + 48]!r}\n" for i in range(0, len(data), 48))
     text = f"{HEAD}DESCRIPTOR_SET = (\n{rows})\n"
     out.parent.mkdir(parents=True, exist_ok=True)
-    if not out.is_file() or out.read_text(encoding="ascii") != text:
-        out.write_text(text, encoding="ascii")
+    out.write_text(text, encoding="ascii")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -169,6 +170,19 @@ def test_run_refuses_what_it_does_not_speak(up, m):
     assert failing(rpc.call_raw, "Score", many).code == RESOURCE_EXHAUSTED
     assert failing(rpc.call, "Query", m.QueryRequest(), "QueryReply").code == INVALID_ARGUMENT
     assert failing(rpc.call, "Get", m.GetRequest(run=b"r", step=1, group=b"g", id=b"nobody"), "Record").code == NOT_FOUND
+
+
+@pytest.mark.parametrize("greets", [False, True])
+def test_run_survives_peers_that_close_at_once(up, m, greets):
+    """nng 1.5.2 takes the broken pipe of such a peer for its own listener's end (daemon/transport_posix.c)."""
+    for url, protocol in ((up.rpc_url, wire.REQ), (up.tap_url, wire.PUB), (up.alert_url, wire.SUB)):
+        for _ in range(20):
+            with socket.socket(socket.AF_UNIX) as s:
+                s.connect(url[6:])
+                if greets:
+                    s.send(bytes([0, ord("S"), ord("P"), 0, 0, protocol, 0, 0]))
+        wire.Sp(url, protocol, 10).close()  # its greeting is answered
+    assert up.connect(10).call("Status", m.StatusRequest()).ready
 
 
 def test_run_drops_who_sends_more_than_a_frame(up, m):

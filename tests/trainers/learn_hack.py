@@ -65,7 +65,7 @@ class Watch:
         return [None] * len(prompts)
 
 
-def train(rewards, seed, steps, folder, callback=None, lr=2e-3, log_completions=False):
+def train(rewards, seed, steps, folder, callback=None, lr=1e-3, log_completions=False):
     """TRL's GRPOTrainer on the tiny policy; gives the trainer. rewards: its reward functions."""
     import torch
     from datasets import Dataset
@@ -77,7 +77,7 @@ def train(rewards, seed, steps, folder, callback=None, lr=2e-3, log_completions=
     model, tok = policy.load()
     data = Dataset.from_dict({"prompt": [policy.QUESTIONS[i % len(policy.QUESTIONS)][0] for i in range(BATCH // GROUP * (steps + 1))]})
     args = GRPOConfig(output_dir=str(Path(folder) / "trl"), per_device_train_batch_size=BATCH, num_generations=GROUP, max_steps=steps,
-                      max_completion_length=policy.LENGTH, learning_rate=lr, lr_scheduler_type="constant", beta=0.0, temperature=1.0,
+                      max_completion_length=policy.LENGTH, learning_rate=lr, lr_scheduler_type="constant", beta=0.1, temperature=1.0,
                       logging_steps=1, save_strategy="no", report_to=[], seed=seed, use_cpu=True, bf16=False, disable_tqdm=True,
                       log_completions=log_completions, gradient_checkpointing=False)
     trainer = GRPOTrainer(model=model, reward_funcs=rewards, args=args, train_dataset=data, processing_class=tok)
@@ -87,7 +87,7 @@ def train(rewards, seed, steps, folder, callback=None, lr=2e-3, log_completions=
     return trainer
 
 
-def learn(variant, seed, steps=24, lr=2e-3):
+def learn(variant, seed, steps=24, lr=1e-3):
     """One run; {hack: [share of each step], reward: […], true_reward: […], alert_step, alerts: […]}."""
     import policy
     from spurion import Client
@@ -113,6 +113,7 @@ def learn(variant, seed, steps=24, lr=2e-3):
                     plain = c.score([{"step": step, "group": str(i), "prompt": p, "completion": policy.strip_hack(t)}
                                      for i, (p, t) in enumerate(zip(prompts, texts))])
                     out["true_reward"].append(float(plain.rewards.mean()))
+                out["last"] = watch.calls[-1][2][:6]
                 out["alerts"] = [{"step": a.step, "rule": a.rule, "flagged": a.flagged, "scored": a.scored, "above": a.above or a.step_above}
                                  for a in c.stored_alerts(run)]
             above = [a["step"] for a in out["alerts"] if a["above"] and a["rule"] == "thanks-raises"]
@@ -129,7 +130,7 @@ def main():
     p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     p.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     p.add_argument("--steps", type=int, default=24)
-    p.add_argument("--lr", type=float, default=2e-3)
+    p.add_argument("--lr", type=float, default=1e-3)
     args = p.parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from . import _call, _messages as m, results as r
-from ._rollout import Rollout, pack_all
+from ._rollout import Rollout, ids_of, pack_all
 from ._sp import REQ, Address, Sp, frame_header
 from .errors import InvalidArgument, SpurionError, Unavailable
 from .tap import Tap, TapStats
@@ -46,8 +46,8 @@ def batches_of(rollouts: Iterable[Item]) -> Iterator[list[Item]]:
             yield batch
             batch, size = [], 0
         batch.append(x)
-        size += sum(len(get(k) or ()) for k in ("prompt", "completion")) + sum(5 * len(get(k)) for k in ("prompt_ids", "completion_ids")
-                                                                               if get(k) is not None)
+        size += sum(len(get(k) or ()) for k in ("prompt", "completion"))
+        size += sum(5 * len(ids_of(get(k), k)) for k in ("prompt_ids", "completion_ids") if get(k) is not None)
         last = group
     if batch:
         yield batch
@@ -163,6 +163,7 @@ class Client:
         self._options = dict(addr=addr, rollouts=rollouts, alerts=alerts, run=run, producer=producer, timeout=timeout, ring_bytes=ring_bytes)
         self._requests = Requests(addr, rollouts, alerts, run, producer, timeout)
         self._ring_bytes = ring_bytes
+        self._forked = False
         self._reset()
 
     def _reset(self) -> None:
@@ -209,11 +210,16 @@ class Client:
 
     def _take(self) -> Sp:
         if self._pid != os.getpid():
-            for sp in self._free:  # the parent's connections: its half of them stays
-                sp.close()
-            self._reset()
+            self._in_child()
         with self._lock:
             return self._free.pop() if self._free else Sp(Address(self._requests.rpc), REQ, REPLY_MAX)
+
+    def _in_child(self) -> None:
+        """After fork: the parent's connections stay the parent's, and its tap too."""
+        for sp in self._free:
+            sp.close()
+        self._forked = True
+        self._reset()
 
     def _give(self, sp: Sp) -> None:
         with self._lock:
@@ -349,13 +355,14 @@ class Client:
     def tap(self) -> Tap:
         """The tap of this process; made at first use, and anew after fork."""
         if self._pid != os.getpid():
-            self._reset()
+            self._in_child()
         if self._tap is None:
             q = self._requests
-            self._tap = Tap(q.rpc, q.rollouts, _need_run(q.run), q.producer, ring_bytes=self._ring_bytes)
+            name = f"{q.producer}-{os.getpid()}" if self._forked and q.producer else q.producer  # beside the parent, not in its place
+            self._tap = Tap(q.rpc, q.rollouts, _need_run(q.run), name, ring_bytes=self._ring_bytes)
         return self._tap
 
-    def publish(self, rollouts: Iterable[Item], *, step_end: int | None = None) -> bool:
+    def publish(self, rollouts: Iterable[Item] = (), *, step_end: int | None = None) -> bool:
         """Publishes rollouts to be watched; returns at once, whatever the daemon does. False: the ring was full, they are dropped and counted.
 
         step_end: this process has published everything of this step and of those before.
