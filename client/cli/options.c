@@ -43,6 +43,7 @@ const cli_option_row cli_options[OPT_COUNT_OF] = {
     [OPT_SAE] = {"sae", 0, "SAE", "shade by this SAE's attribution (the one with the largest token)"},
     [OPT_ATTEMPT] = {"attempt", 0, "N", "attempt of the rollout (0)"},
     [OPT_THEME] = {"theme", 0, "THEME", "background of the terminal: dark or light ($COLORFGBG, else dark)"},
+    [OPT_OUT] = {"out", 'o', "FILE", "the file to write (report.html)"},
     [OPT_FULL] = {"full", 0, NULL, "with the view of every completion token"},
 };
 
@@ -58,6 +59,7 @@ static const cli_option of_show[] = {OPT_SAE, OPT_RULE, OPT_ATTEMPT, OPT_JSON, O
 static const cli_option of_export[] = {OPT_FULL, OPT_FLAGGED, OPT_RULE, OPT_FEATURE, OPT_STEP, OPT_GROUP, OPT_ORDER, OPT_DESC, OPT_LIMIT,
                                        OPT_JSONL, OPT_COUNT_OF};
 static const cli_option of_runs[] = {OPT_JSONL, OPT_WIDE, OPT_LIMIT, OPT_COUNT_OF};
+static const cli_option of_report[] = {OPT_OUT, OPT_COUNT_OF};
 static const cli_option of_none[] = {OPT_COUNT_OF};
 
 const cli_verb cli_verbs[] = {
@@ -78,6 +80,8 @@ const cli_verb cli_verbs[] = {
     {"export", "RUN", "the records of a run as JSON Lines, texts and evidence included",
      "  spurion export demo --flagged > flagged.jsonl\n  spurion export demo --full > all.jsonl\n", 1, 1, of_export, cli_export},
     {"runs", "", "the runs that are stored", "  spurion runs\n", 0, 0, of_runs, cli_runs},
+    {"report", "RUN", "the run as one HTML file: timeline, rules, worst rollouts (by the Python package's spurion-report)",
+     "  spurion report demo -o report.html\n", 1, 1, of_report, cli_report},
     {"completion", "SHELL", "the script that completes this command in bash, zsh or fish",
      "  source <(spurion completion bash)\n  spurion completion fish > ~/.config/fish/completions/spurion.fish\n", 1, 1, of_none, cli_completion},
 };

@@ -61,12 +61,12 @@ def test_openrlhf_takes_the_reward_of_the_daemon(d, tmp_path):
     outputs = by_text(execute(reward_file(tmp_path, d), LINES), LINES)
     with Client(d.rpc, run="reference") as c:
         expected = c.score([dict(r, run="reference") for r in LINES])
-        assert [round(o["reward"][0], 4) for o in outputs] == [round(v.reward, 4) for v in expected]
-        assert [o["scores"] for o in outputs] == [o["reward"] for o in outputs]
+        assert [round(float(o["reward"][0]), 4) for o in outputs] == [round(v.reward, 4) for v in expected]
+        assert [float(o["scores"][0]) for o in outputs] == [float(o["reward"][0]) for o in outputs]
         keys = {tuple(sorted(o["extra_logs"])) for o in outputs}
         assert keys == {("spurion_counterfactual", "spurion_effect", "spurion_flagged", "spurion_scored")}
-        assert all(isinstance(x, list) and len(x) == 1 and isinstance(x[0], float) for o in outputs for x in o["extra_logs"].values())
-        assert [bool(o["extra_logs"]["spurion_flagged"][0]) for o in outputs] != [False] * len(LINES)
+        assert all(x.shape == (1,) for o in outputs for x in (o["reward"], *o["extra_logs"].values()))
+        assert [bool(o["extra_logs"]["spurion_flagged"]) for o in outputs] != [False] * len(LINES)
         assert len(c.query("openrlhf")) == len(LINES)
 
 
@@ -75,7 +75,7 @@ def test_openrlhf_takes_the_counterfactual_reward(d, tmp_path):
     outputs = by_text(execute(reward_file(tmp_path, d, ", reward='counterfactual'"), lines), lines)
     with Client(d.rpc, run="reference-cf") as c:
         expected = c.score([dict(r, run="reference-cf") for r in lines])
-    assert [round(o["reward"][0], 4) for o in outputs] == [round(v.counterfactual_reward, 4) for v in expected]
+    assert [round(float(o["reward"][0]), 4) for o in outputs] == [round(v.counterfactual_reward, 4) for v in expected]
 
 
 def test_openrlhf_equal_completions_are_two_rollouts(d, tmp_path):

@@ -122,6 +122,30 @@ def _strongest(v: Verdict) -> tuple[str, Any] | None:
     return sae, v.tokens.attribution[sae]
 
 
+def aligned(texts: Sequence[bytes], completion: str | None) -> list[bytes]:
+    """The tokens' texts with the completion's own bytes where the daemon gives U+FFFD, for tokens that end inside a character: the first of a
+    run of such tokens gets all of its bytes, the others none."""
+    whole, at, out, run = (completion or "").encode("utf-8", "surrogatepass"), 0, list(texts), -1
+    for i, text in enumerate(texts):
+        if b"\xef\xbf\xbd" in text:
+            run = i if run < 0 else run
+            continue
+        if whole.find(text, at) < 0:
+            text = text.strip()  # the template's leading space
+        found = whole.find(text, at) if text else at
+        if found < 0:
+            break  # the appended EOS
+        if run >= 0:
+            out[run:i] = [whole[at:found]] + [b""] * (i - run - 1)
+            run = -1
+        at = found + len(text)
+    else:
+        i = len(texts)
+    if run >= 0 and whole[at:]:
+        out[run:i] = [whole[at:]] + [b""] * (i - run - 1)
+    return out
+
+
 def body_html(v: Verdict, prompt: str | None = None, completion: str | None = None) -> str:
     """One rollout, without the style."""
     if v.error:
@@ -131,7 +155,7 @@ def body_html(v: Verdict, prompt: str | None = None, completion: str | None = No
         out.append(f'<div class="role">prompt</div><div class="text" dir="auto">{safe(prompt)}</div>')
     shaded = _strongest(v)
     if shaded is not None and v.tokens is not None:
-        out.append(f'<div class="role">completion, shaded by attribution of SAE {safe(shaded[0])}</div>{shade(v.tokens.text_bytes, shaded[1])}')
+        out.append(f'<div class="role">completion, shaded by attribution of SAE {safe(shaded[0])}</div>{shade(aligned(v.tokens.text_bytes, completion), shaded[1])}')
     elif completion is not None:
         out.append(f'<div class="role">completion</div><div class="text" dir="auto">{safe(completion)}</div>')
     return "".join(out) + _summary(v) + _features(v)

@@ -11,6 +11,7 @@ by a hash of run, prompt and completion and by its turn, and the step is the num
 from __future__ import annotations
 
 import hashlib
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -21,8 +22,6 @@ from .actions import action_name
 from .client import Client
 from .errors import InvalidArgument
 
-KEYS = ("spurion_counterfactual", "spurion_effect", "spurion_flagged", "spurion_scored")
-
 
 def split_query(query: str, prompt: str) -> str:
     """The completion in a query: what stands after the prompt. Raises InvalidArgument where the query does not begin with it."""
@@ -30,6 +29,12 @@ def split_query(query: str, prompt: str) -> str:
     if at < 0 or not prompt:
         raise InvalidArgument(f"query: expected it to hold the prompt {prompt[:60]!r}, found {query[:60]!r}")
     return query[at + len(prompt):]
+
+
+def _tensor(values: list[float]) -> Any:
+    """As OpenRLHF's own examples give them: a tensor, where torch is there."""
+    torch = sys.modules.get("torch")
+    return values if torch is None else torch.tensor(values, dtype=torch.float32)
 
 
 class Names:
@@ -93,7 +98,7 @@ def make_reward_func(addr: str | None = None, *, run: str, reward: str = "clean"
         extra = {"spurion_counterfactual": [float(v.counterfactual_reward or 0.0) for v in verdicts],
                  "spurion_effect": [float(v.effect or 0.0) for v in verdicts], "spurion_flagged": [float(bool(v.flags)) for v in verdicts],
                  "spurion_scored": [1.0] * len(verdicts)}
-        return {"rewards": rewards, "scores": rewards, "extra_logs": extra}
+        return {"rewards": _tensor(rewards), "scores": _tensor(rewards), "extra_logs": {k: _tensor(x) for k, x in extra.items()}}
 
     return reward_func
 
