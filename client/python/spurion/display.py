@@ -130,9 +130,9 @@ def aligned(texts: Sequence[bytes], completion: str | None) -> list[bytes]:
         if b"\xef\xbf\xbd" in text:
             run = i if run < 0 else run
             continue
-        if whole.find(text, at) < 0:
+        if run < 0 and not whole.startswith(text, at):
             text = text.strip()  # the template's leading space
-        found = whole.find(text, at) if text else at
+        found = whole.find(text, at) if run >= 0 else at if whole.startswith(text, at) else -1
         if found < 0:
             break  # the appended EOS
         if run >= 0:
