@@ -9,8 +9,7 @@
 #include <string.h>
 #include <time.h>
 
-#include <dnnl.h>
-
+#include "onednn_loop.h"
 #include "spurion/ops.h"
 
 extern void omp_set_num_threads(int n);
@@ -30,14 +29,6 @@ static void must(spurion_status st)
 {
     if (st.code != SPURION_OK) {
         fprintf(stderr, "bench_kernels: %s\n", st.message);
-        exit(1);
-    }
-}
-
-static void must_library(dnnl_status_t rc)
-{
-    if (rc != dnnl_success) {
-        fprintf(stderr, "bench_kernels: oneDNN status %d\n", (int)rc);
         exit(1);
     }
 }
@@ -69,66 +60,23 @@ static void *numbers(spurion_dev *dev, size_t n, spurion_dtype dtype, float scal
     return p;
 }
 
-/* --- the library in a tight loop --- */
-
-typedef struct library {
-    dnnl_engine_t engine;
-    dnnl_stream_t stream;
-    dnnl_primitive_t primitive;
-    dnnl_primitive_desc_t desc;
-    dnnl_memory_t src, weights, dst;
-} library;
-
-static void library_open(library *l, int M, int N, int K, dnnl_data_type_t type, void *x, void *out)
-{
-    dnnl_memory_desc_t src, weights, dst;
-    dnnl_inner_product_desc_t op;
-    dnnl_dims_t a = {M, K}, b = {N, K}, c = {M, N};
-    must_library(dnnl_engine_create(&l->engine, dnnl_cpu, 0));
-    must_library(dnnl_stream_create(&l->stream, l->engine, dnnl_stream_default_flags));
-    must_library(dnnl_memory_desc_init_by_tag(&src, 2, a, type, dnnl_ab));
-    must_library(dnnl_memory_desc_init_by_tag(&weights, 2, b, type, dnnl_format_tag_any));
-    must_library(dnnl_memory_desc_init_by_tag(&dst, 2, c, dnnl_f32, dnnl_ab));
-    must_library(dnnl_inner_product_forward_desc_init(&op, dnnl_forward_inference, &src, &weights, NULL, &dst));
-    must_library(dnnl_primitive_desc_create(&l->desc, &op, NULL, l->engine, NULL));
-    must_library(dnnl_primitive_create(&l->primitive, l->desc));
-    must_library(dnnl_memory_create(&l->src, &src, l->engine, x));
-    must_library(dnnl_memory_create(&l->dst, &dst, l->engine, out));
-    must_library(dnnl_memory_create(&l->weights, dnnl_primitive_desc_query_md(l->desc, dnnl_query_weights_md, 0), l->engine,
-                                    DNNL_MEMORY_ALLOCATE));
-}
-
-static void library_run(library *l)
-{
-    dnnl_exec_arg_t args[] = {{DNNL_ARG_SRC, l->src}, {DNNL_ARG_WEIGHTS, l->weights}, {DNNL_ARG_DST, l->dst}};
-    must_library(dnnl_primitive_execute(l->primitive, l->stream, 3, args));
-    must_library(dnnl_stream_wait(l->stream));
-}
-
-static void library_close(library *l)
-{
-    dnnl_memory_destroy(l->src), dnnl_memory_destroy(l->dst), dnnl_memory_destroy(l->weights);
-    dnnl_primitive_destroy(l->primitive), dnnl_primitive_desc_destroy(l->desc);
-    dnnl_stream_destroy(l->stream), dnnl_engine_destroy(l->engine);
-}
-
 /* --- products --- */
 
 static void bench_product(spurion_dev *dev, int T, int N, int K, const char *what)
 {
     spurion_matrix *m;
-    library l;
+    onednn_loop l;
     float *w = numbers(dev, (size_t)N * (size_t)K, SPURION_F32, 0.05f), *out = device(dev, (size_t)T * (size_t)N * 4);
     void *x = numbers(dev, (size_t)T * (size_t)K, dev->dtype, 1.0f);
     double ours = 1e9, theirs = 1e9;
     must(dev->ops->matrix_create(dev, &m, w, NULL, N, K, SPURION_FORWARD, dev->dtype));
-    library_open(&l, T, N, K, dev->dtype == SPURION_BF16 ? dnnl_bf16 : dnnl_f32, x, out);
+    onednn_loop_open(&l, T, N, K, dev->dtype == SPURION_BF16 ? dnnl_bf16 : dnnl_f32, x, out);
     for (int i = 0; i < ROUNDS; i++) {
         double t0 = now();
         must(dev->ops->linear(dev, out, N, x, m, T, SPURION_OVERWRITE));
         double t1 = now();
         omp_set_num_threads(dev->thread_count);
-        library_run(&l);
+        onednn_loop_run(&l);
         double t2 = now();
         ours = t1 - t0 < ours ? t1 - t0 : ours;
         theirs = t2 - t1 < theirs ? t2 - t1 : theirs;
@@ -136,7 +84,7 @@ static void bench_product(spurion_dev *dev, int T, int N, int K, const char *wha
     double flops = 2.0 * T * N * K * 1e-9;
     printf("product %-9s T %5d (%5d, %5d)  %7.1f GFLOP/s  oneDNN %7.1f  ratio %.2f  %8.3f ms\n", what, T, N, K, flops / ours, flops / theirs,
            theirs / ours, ours * 1e3);
-    library_close(&l);
+    onednn_loop_close(&l);
     dev->ops->matrix_destroy(dev, m);
     dev->ops->free(dev, w), dev->ops->free(dev, out), dev->ops->free(dev, x);
 }
