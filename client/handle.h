@@ -69,6 +69,8 @@ typedef struct spurion_tap_state {
     size_t ring_bytes;
     uint64_t stored_through;
     uint64_t published_rollouts, dropped_batches, dropped_rollouts, refilled;
+    uint64_t confirmed;         /* the highest stored_through so far */
+    uint64_t forgotten_batches; /* confirmed once, and missing later */
     spurion_unsure *unsure;       /* in the order of their numbers */
     int32_t unsure_count, unsure_capacity;
     spurion_range *lost;          /* forgotten for good, not yet settled with the daemon; in order */

@@ -224,12 +224,38 @@ out:
     return st;
 }
 
+/* The daemon misses what it had confirmed: its store is another one, or an older copy. The ring let go of these batches long ago, so they are
+ * told as lost, and what is above them goes on. How many rollouts they held is not known any more. */
+static spurion_status lost_again(spurion_tap_state *t, const spurion_sync_reply *answer)
+{
+    spurion_status st = spurion_ok();
+
+    for (int32_t i = 0; i < answer->missing_count; i++) {
+        spurion_range gone = {answer->missing[i].first, answer->missing[i].last < t->confirmed ? answer->missing[i].last : t->confirmed};
+        int32_t at = t->lost_count;
+        if (gone.first > gone.last || in_ranges(t->lost, t->lost_count, gone.first)) {
+            continue;
+        }
+        SPURION_TRY(st, list_room((void **)&t->lost, &t->lost_capacity, t->lost_count, sizeof *t->lost));
+        while (at > 0 && t->lost[at - 1].first > gone.first) {
+            at--;
+        }
+        memmove(t->lost + at + 1, t->lost + at, (size_t)(t->lost_count - at) * sizeof *t->lost);
+        t->lost[at] = gone;
+        t->lost_count++;
+        t->forgotten_batches += gone.last - gone.first + 1;
+    }
+out:
+    return st;
+}
+
 /* The daemon has confirmed up to a number: these batches leave the ring, and losses below it are settled. */
 static void confirm(spurion_tap_state *t, uint64_t stored_through)
 {
     int32_t kept = 0;
 
-    t->stored_through = stored_through > t->stored_through ? stored_through : t->stored_through;
+    t->stored_through = stored_through; /* less than before: the daemon has forgotten something */
+    t->confirmed = stored_through > t->confirmed ? stored_through : t->confirmed;
     while (t->first && t->first->sequence <= t->stored_through) {
         ring_pop(t);
     }
@@ -289,6 +315,7 @@ static spurion_status sync_answered(spurion_client *c, spurion_bytes got)
     t->answers++;
     t->lost_told = t->lost_asked;
     t->closed = t->closing_asked;
+    SPURION_TRY(st, lost_again(t, &answer));
     confirm(t, answer.stored_through);
     SPURION_TRY(st, resolve(t, &answer));
     SPURION_TRY(st, fill_start(c, &answer));
@@ -529,6 +556,10 @@ static spurion_status tap_settle(spurion_client *c, int timeout_ms)
                                  st.message);
         }
         tap_wait(c, t->sync.under_way || next > deadline ? deadline : next);
+    }
+    if (t->forgotten_batches) {
+        return spurion_error(SPURION_DATA_LOSS, "%llu batches that the daemon had confirmed are not in its store any more (another store, or an older copy "
+                             "of it); all that was published since is stored", (unsigned long long)t->forgotten_batches);
     }
     if (t->dropped_batches) {
         return spurion_error(SPURION_DATA_LOSS, "%llu rollouts in %llu batches were dropped by the ring's policy; all others are stored",

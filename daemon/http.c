@@ -15,6 +15,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "daemon/base/clock.h"
 #include "daemon/base/log.h"
 #include "daemon/base/sha256.h"
 #include "spurion/json.h"
@@ -26,6 +27,7 @@
 #define FIRST_BYTES ((size_t)64 << 10)
 #define DISCARD_BYTES_MAX ((uint64_t)256 << 20) /* of a refused body: read, so that the client gets to read its answer */
 #define TOKEN_BYTES_MAX 4096
+#define LOGGED_PER_SECOND 10
 
 typedef struct tokens {
     unsigned char digest[SPURION_HTTP_TOKENS_MAX][SPURION_SHA256_BYTES];
@@ -42,6 +44,8 @@ struct spurion_http {
     tokens tokens;
     _Atomic int64_t connections;
     _Atomic uint64_t requests, statuses[6];
+    _Atomic int64_t log_second; /* and how many lines were logged in it */
+    _Atomic int log_count;
 };
 
 struct spurion_exchange {
@@ -150,13 +154,26 @@ static enum MHD_Result queue(spurion_exchange *x)
     return ok;
 }
 
+bool spurion_http_may_log(spurion_http *h)
+{
+    int64_t now = spurion_clock_ms() / 1000;
+
+    if (atomic_exchange(&h->log_second, now) != now) {
+        int left_out = atomic_exchange(&h->log_count, 0) - LOGGED_PER_SECOND;
+        if (left_out > 0) {
+            spurion_log_warn("HTTP-QUIET", "%d lines about refused requests were left out", left_out);
+        }
+    }
+    return atomic_fetch_add(&h->log_count, 1) < LOGGED_PER_SECOND;
+}
+
 /* The answer stands; what is left of the body is read first, because a client that is still writing would not see it. */
 static void refuse(spurion_exchange *x, int status, spurion_status why, int retry_after_s)
 {
     x->refused = true;
     x->status = status;
     x->response = make_error(status, &why, retry_after_s);
-    if (status != 401 && status != 404 && status != 429 && status != 503) {
+    if (status != 401 && status != 404 && status != 429 && status != 503 && spurion_http_may_log(x->http)) {
         spurion_log_warn("HTTP-REFUSED", "%d for %.128s: %s", status, x->path, why.message);
     }
 }
@@ -437,6 +454,9 @@ static enum MHD_Result on_request(void *context, struct MHD_Connection *connecti
     (void)version;
     if (x == NULL) {
         *state = x = begin(context, connection, url, method);
+        if (x != NULL && x->refused && (x->expected > DISCARD_BYTES_MAX || header_of(x, "Expect") != NULL)) {
+            return queue(x); /* nobody waits for that much, and who asks first need not send it */
+        }
         return x != NULL ? MHD_YES : MHD_NO;
     }
     if (*size > 0) {

@@ -68,6 +68,9 @@ void spurion_http_reply(spurion_exchange *x, int status, const char *type, spuri
 /* Whether the client has closed its side while x waits: nobody would read the answer. */
 bool spurion_http_gone(const spurion_exchange *x);
 
+/* Whether one more line about what clients do wrong may be logged now: ten a second, so that a flood of nonsense fills no disk. */
+bool spurion_http_may_log(spurion_http *h);
+
 /* The HTTP status that a code is told as (google.rpc.Code's table). */
 int spurion_http_status_of(int code);
 /* An error as every endpoint here tells it: {"error":{"code":…,"type":…,"message":…}}. Any thread. */

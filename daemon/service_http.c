@@ -343,7 +343,7 @@ static void ask_reward(spurion_pipeline *p, spurion_exchange *x, const target *t
     spurion_queue_push(&p->intake, &c->node);
     return;
 out:
-    if (st.code == SPURION_INVALID_ARGUMENT) {
+    if (st.code == SPURION_INVALID_ARGUMENT && spurion_http_may_log(p->http)) {
         spurion_log_warn("HTTP-REQUEST", "%s: %s", t->endpoint->path, st.message);
     }
     if (st.code == SPURION_UNAVAILABLE && atomic_load(&p->state) == SPURION_STATE_SERVING) {

@@ -568,6 +568,37 @@ static void test_client_drop_oldest_counts_exactly(void **state)
     spurion_client_close(c);
 }
 
+/* A backup was restored, or the store began anew: what was confirmed is gone, and the ring let go of it. */
+static void test_client_says_when_the_daemon_forgot(void **state)
+{
+    fake *f = *state;
+    spurion_client *c = client_of(f, SPURION_RING_DROP_NEW, 0, PATIENCE_MS);
+
+    fake_start(f);
+    for (int i = 0; i < 40; i++) {
+        ok(c, publish(c, 1, 100));
+    }
+    ok(c, spurion_client_flush(c, PATIENCE_MS));
+    pthread_mutex_lock(&f->lock);
+    for (int i = 11; i <= 20; i++) {
+        f->received[i] = 0;
+    }
+    f->received[30] = 0;
+    pthread_mutex_unlock(&f->lock);
+    ok(c, publish(c, 2, 100));
+    assert_int_equal(spurion_client_flush(c, PATIENCE_MS), SPURION_DATA_LOSS);
+    assert_non_null(strstr(spurion_client_error(c), "11 batches that the daemon had confirmed"));
+    assert_int_equal(f->received[41], 1); /* what came since is there */
+    for (int i = 1; i <= 40; i++) {
+        assert_int_equal(f->lost[i], (i >= 11 && i <= 20) || i == 30);
+    }
+    assert_int_equal(stats_of(c).stored_through, 41);
+    ok(c, publish(c, 2, 100));
+    assert_int_equal(spurion_client_flush(c, PATIENCE_MS), SPURION_DATA_LOSS);
+    assert_int_equal(f->received[42], 1);
+    spurion_client_close(c);
+}
+
 /* What the ring forgets may have come all the same: only what did not is lost. */
 static void test_client_counts_as_lost_only_what_did_not_come(void **state)
 {
@@ -1032,6 +1063,7 @@ int main(void)
         CASE(test_client_refuses_a_batch_over_the_frame),
         CASE(test_client_delivers_every_batch_once_confirmed),
         CASE(test_client_sends_again_what_was_missed),
+        CASE(test_client_says_when_the_daemon_forgot),
         CASE(test_client_outlives_the_daemon),
         CASE(test_client_drop_new_counts_exactly),
         CASE(test_client_drop_oldest_counts_exactly),

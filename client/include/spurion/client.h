@@ -79,7 +79,8 @@ SPURION_API spurion_code spurion_client_publish(spurion_client *c, const spurion
 SPURION_API spurion_code spurion_client_step_end(spurion_client *c, int64_t step);
 /* Moves the tap along without publishing: sends, asks what is missing, sends it again. Never waits. */
 SPURION_API spurion_code spurion_client_pump(spurion_client *c);
-/* Waits until everything published is durable at the daemon, or is known to be lost (DATA_LOSS, with the exact number in the text). */
+/* Waits until everything published is durable at the daemon, or is known to be lost (DATA_LOSS, with the exact number in the text). Batches
+ * that the daemon had confirmed and has no more (its store was replaced by an older copy) are lost too, and told so from then on. */
 SPURION_API spurion_code spurion_client_flush(spurion_client *c, int timeout_ms);
 /* Flush, and say goodbye: no step of the run waits for this producer any longer. Publishing again takes it back. */
 SPURION_API spurion_code spurion_client_leave(spurion_client *c, int timeout_ms);
