@@ -236,6 +236,55 @@ void spurion_config_print(const spurion_config *c, FILE *out)
     print_items(out, "rules", c->rules, sizeof *c->rules, c->rule_count, spurion_rule_keys());
 }
 
+/* A value as text from malloc; NULL without memory. */
+static char *value_text(const void *base, const spurion_key *key)
+{
+    char *text = NULL;
+    size_t size = 0;
+    FILE *f = open_memstream(&text, &size);
+
+    if (f) {
+        if (spurion_key_given(base, key)) {
+            spurion_key_print(f, base, key);
+        }
+        (void)fclose(f);
+    }
+    return text;
+}
+
+static bool same_value(const void *a, const void *b, const spurion_key *key)
+{
+    char *x = value_text(a, key), *y = value_text(b, key);
+    bool same = x && y && !strcmp(x, y);
+
+    free(x);
+    free(y);
+    return same;
+}
+
+void spurion_config_difference(char *out, size_t size, const spurion_config *a, const spurion_config *b)
+{
+    spurion_keys keys = spurion_config_keys(), saes = spurion_sae_keys();
+    bool same_saes = a->sae_count == b->sae_count;
+    size_t used = 0;
+    char name[80];
+
+    out[0] = '\0';
+    for (int i = 0; i < keys.count && used < size; i++) {
+        if (strcmp(keys.keys[i].name, "catalogue") != 0 && !same_value(a, b, &keys.keys[i])) {
+            used += (size_t)snprintf(out + used, size - used, "%s%s", used ? ", " : "", full_name(name, sizeof name, &keys.keys[i]));
+        }
+    }
+    for (int32_t s = 0; s < a->sae_count && same_saes; s++) {
+        for (int i = 0; i < saes.count; i++) {
+            same_saes = same_saes && same_value(&a->saes[s], &b->saes[s], &saes.keys[i]);
+        }
+    }
+    if (!same_saes && used < size) {
+        (void)snprintf(out + used, size - used, "%ssaes", used ? ", " : "");
+    }
+}
+
 /* "meaning; one of a, b; default x" */
 static void print_comment(FILE *out, const char *indent, const spurion_key *key)
 {

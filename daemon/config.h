@@ -119,6 +119,8 @@ spurion_status spurion_config_load(spurion_config *out, const char *path, const 
 void spurion_config_fini(spurion_config *c);
 /* Prints the effective configuration as YAML that loads again, each key with its origin (default, file, environment, flag) as a comment. */
 void spurion_config_print(const spurion_config *c, FILE *out);
+/* Names of the keys (", " between them) whose values differ, rules and catalogue left out; an empty text: none. */
+void spurion_config_difference(char *out, size_t size, const spurion_config *a, const spurion_config *b);
 /* Prints a commented example of every key with its default and meaning. */
 void spurion_config_example(FILE *out);
 

@@ -428,7 +428,8 @@ spurion_status spurion_engine_create(spurion_engine **out, const spurion_config 
     SPURION_TRY(st, points_find(e, l));
     SPURION_TRY(st, spurion_dev_create(&e->dev, config->engine.device, config->model.dtype, config->engine.threads));
     SPURION_TRY(st, device_load(e, l));
-    SPURION_TRY(st, spurion_provenance_make(e, l->weights));
+    SPURION_TRY(st, spurion_weights_digest(e->weights_digest, l->weights));
+    SPURION_TRY(st, spurion_provenance_make(e->provenance, &e->provenance_text, e, config));
     spurion_weights_close(l->weights);
     l->weights = NULL;
     malloc_trim(0); /* the staging of the load goes back before the blocks are taken */
@@ -620,6 +621,83 @@ spurion_status spurion_engine_judge(spurion_engine *e, spurion_job *const *jobs,
 out:
     free(ready);
     return st;
+}
+
+/* --- other rules --- */
+
+static bool same_entries(const spurion_catalogue *a, const spurion_catalogue *b)
+{
+    for (int i = 0; i < a->entry_count && a->entry_count == b->entry_count; i++) {
+        const spurion_catalogue_entry *x = &a->entries[i], *y = &b->entries[i];
+        if (x->sae != y->sae || x->index != y->index || x->spurious != y->spurious || x->activation_min != y->activation_min) {
+            return false;
+        }
+    }
+    return a->entry_count == b->entry_count;
+}
+
+static bool same_sets(const spurion_catalogue *a, const spurion_catalogue *b)
+{
+    for (int i = 0; i < a->set_count && a->set_count == b->set_count; i++) {
+        size_t n = (size_t)a->sets[i].count;
+        if (a->sets[i].count != b->sets[i].count || (n && memcmp(a->sets[i].entries, b->sets[i].entries, n * sizeof *a->sets[i].entries) != 0)) {
+            return false;
+        }
+    }
+    return a->set_count == b->set_count && a->debias_set == b->debias_set;
+}
+
+spurion_status spurion_engine_reload_make(spurion_engine_reload **out, const spurion_engine *e, const spurion_config *config)
+{
+    spurion_status st;
+    spurion_engine_reload *r = calloc(1, sizeof *r);
+    int32_t widths[SPURION_SAES_MAX];
+
+    *out = NULL;
+    if (!r) {
+        return out_of_memory("a reload");
+    }
+    for (int i = 0; i < e->sae_count; i++) {
+        widths[i] = e->saes[i]->full.F;
+    }
+    SPURION_TRY(st, spurion_catalogue_load(&r->catalogue, config, widths));
+    if (!same_entries(&e->catalogue, &r->catalogue) || !same_sets(&e->catalogue, &r->catalogue)) {
+        st = spurion_error(SPURION_FAILED_PRECONDITION,
+                           "catalogue: expected the features and sets that the device holds (%d features, %d sets), found others (%d features, %d sets); "
+                           "thresholds, actions, alerts, labels can change while running, these need a restart",
+                           e->catalogue.entry_count, e->catalogue.set_count, r->catalogue.entry_count, r->catalogue.set_count);
+        spurion_catalogue_fini(&r->catalogue);
+        goto out;
+    }
+    st = spurion_provenance_make(r->provenance, &r->provenance_text, e, config);
+    if (st.code != SPURION_OK) {
+        spurion_catalogue_fini(&r->catalogue);
+        goto out;
+    }
+    *out = r;
+    r = NULL;
+out:
+    free(r);
+    return st;
+}
+
+void spurion_engine_reload_destroy(spurion_engine_reload *r)
+{
+    if (r) {
+        spurion_catalogue_fini(&r->catalogue);
+        free(r->provenance_text);
+        free(r);
+    }
+}
+
+void spurion_engine_reload_apply(spurion_engine *e, spurion_engine_reload *r)
+{
+    spurion_catalogue_fini(&e->catalogue);
+    free(e->provenance_text);
+    e->catalogue = r->catalogue;
+    memcpy(e->provenance, r->provenance, sizeof e->provenance);
+    e->provenance_text = r->provenance_text;
+    free(r);
 }
 
 /* --- what others read --- */

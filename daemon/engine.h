@@ -33,6 +33,14 @@ int spurion_engine_rows_max(const spurion_engine *e);
  * judged in several passes. A device error is INTERNAL: no verdict of this call counts. */
 spurion_status spurion_engine_judge(spurion_engine *e, spurion_job *const *jobs, int job_count) SPURION_MUST_USE;
 
+/* Other rules and another catalogue in a running engine, as far as the device need not change: FAILED_PRECONDITION when the catalogued features or
+ * the sets to ablate differ. make only reads the engine, and leaves it as it is on every failure; config: the whole configuration with the new rules.
+ * apply takes *reload; nobody may judge or hold a verdict meanwhile, and the engine's own configuration must hold the new rules by then. */
+typedef struct spurion_engine_reload spurion_engine_reload;
+spurion_status spurion_engine_reload_make(spurion_engine_reload **out, const spurion_engine *e, const spurion_config *config) SPURION_MUST_USE;
+void spurion_engine_reload_destroy(spurion_engine_reload *reload); /* one that is not applied */
+void spurion_engine_reload_apply(spurion_engine *e, spurion_engine_reload *reload);
+
 /* Parts for the other stages to read; owned by the engine. */
 const spurion_catalogue *spurion_engine_catalogue(const spurion_engine *e);
 const char *spurion_engine_provenance(const spurion_engine *e); /* 16 hex digits */

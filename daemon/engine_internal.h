@@ -60,6 +60,14 @@ struct spurion_engine {
     void *observe_context;
 
     size_t weights_bytes, buffers_bytes, host_bytes, peak_bytes;
+    unsigned char weights_digest[32];
+    char provenance[17];
+    char *provenance_text;
+};
+
+/* What a reload changes, made beside what is in force. */
+struct spurion_engine_reload {
+    spurion_catalogue catalogue;
     char provenance[17];
     char *provenance_text;
 };
@@ -89,7 +97,7 @@ spurion_status spurion_evidence_fill(spurion_engine *e, const spurion_member *m,
 /* After the rules: verdict.tokens->flagged. */
 spurion_status spurion_evidence_finish(const spurion_engine *e, spurion_job *job) SPURION_MUST_USE;
 
-/* Fills e->provenance and its text. */
-spurion_status spurion_provenance_make(spurion_engine *e, spurion_weights *weights) SPURION_MUST_USE;
+/* Provenance of the engine under a configuration: digits (17 bytes), and their text from malloc. Needs e->weights_digest. */
+spurion_status spurion_provenance_make(char digits[17], char **text, const spurion_engine *e, const spurion_config *config) SPURION_MUST_USE;
 
 #endif

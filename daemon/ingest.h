@@ -44,6 +44,7 @@ typedef struct spurion_item {
     struct spurion_call *call;
     spurion_fate fate;
     bool entered;          /* stands in the table of flights */
+    bool judged;           /* counted in the pipeline's judged */
     spurion_bytes answer;  /* packed verdict, in job.arena (KNOWN) or the call's arena (after the sink) */
 } spurion_item;
 

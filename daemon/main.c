@@ -298,7 +298,8 @@ static _Noreturn void run_daemon(const arguments *a, const spurion_config *confi
     if (!a->log_level) {
         spurion_log_level_set(SPURION_LOG_INFO);
     }
-    status = spurion_pipeline_run(config);
+    spurion_source source = {a->config, a->overrides, a->override_count};
+    status = spurion_pipeline_run(config, &source);
     (void)fflush(stdout);
     (void)fflush(stderr);
     _exit(status);

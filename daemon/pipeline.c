@@ -22,6 +22,7 @@
 #include "daemon/service_http.h"
 
 #define TICK_MS 1000
+#define RELOAD_WAIT_MS 5000      /* for verdicts under way, before a SIGHUP gives up */
 #define LOADING_TICK_MS 20       /* while the inbox of an earlier life is being loaded */
 #define INBOX_PAGE 16
 #define TRIM_COUNT 1000
@@ -160,7 +161,13 @@ static void judge(spurion_pipeline *p, spurion_job **jobs, int count)
         for (int i = 0; i < count; i++) {
             atomic_store(&((spurion_item *)jobs[i]->delivery)->flight.stage, SPURION_STAGE_JUDGING);
         }
+        while (atomic_load(&p->reloading)) {
+            (void)nanosleep(&(struct timespec){0, 1000000}, NULL);
+        }
+        pthread_mutex_lock(&p->gate);
         st = spurion_engine_judge(p->engine, jobs, count);
+        atomic_fetch_add(&p->judged, count);
+        pthread_mutex_unlock(&p->gate);
         spurion_stat_add(p, SPURION_STAT_BATCHES, 1);
     }
     if (st.code == SPURION_INTERNAL) { /* a device that failed once is not trusted with the next one */
@@ -170,6 +177,7 @@ static void judge(spurion_pipeline *p, spurion_job **jobs, int count)
     }
     for (int i = 0; i < count; i++) {
         spurion_item *it = jobs[i]->delivery;
+        it->judged = !skipped;
         if (skipped || st.code == SPURION_INTERNAL) {
             it->fate = SPURION_FATE_ABANDONED;
         } else if (st.code != SPURION_OK) {
@@ -232,18 +240,25 @@ static spurion_status check_config(const spurion_config *config)
     return spurion_ok();
 }
 
+static spurion_bytes *rule_ids(const spurion_config *config)
+{
+    spurion_bytes *ids = calloc((size_t)config->rule_count + 1, sizeof *ids);
+
+    for (int32_t i = 0; ids != NULL && i < config->rule_count; i++) {
+        ids[i] = spurion_bytes_of(config->rules[i].id);
+    }
+    return ids;
+}
+
 static spurion_status open_parts(spurion_pipeline *p, mark_loader *loader)
 {
     spurion_store_options options = {p->config->store.path, false, 0};
     spurion_transport_handlers handlers = {spurion_service_request, spurion_service_tap, p};
     spurion_status st;
 
-    p->rules = calloc((size_t)p->config->rule_count + 1, sizeof *p->rules);
+    p->rules = rule_ids(p->config);
     if (p->rules == NULL) {
         return spurion_error(SPURION_RESOURCE_EXHAUSTED, "daemon: no memory");
-    }
-    for (int32_t i = 0; i < p->config->rule_count; i++) {
-        p->rules[i] = spurion_bytes_of(p->config->rules[i].id);
     }
     SPURION_TRY(st, spurion_store_open(&p->store, &options));
     SPURION_TRY(st, spurion_flights_create(&p->flights));
@@ -449,6 +464,113 @@ static void log_state(spurion_pipeline *p)
                      (unsigned long long)atomic_load(&p->counts[SPURION_STAT_ALERTS]));
 }
 
+/* ---- SIGHUP ---- */
+
+/* Waits until no verdict is under way (the engine is at the gate, the sink has let everything go) and takes the policy for writing. false: not in
+ * time, because the store has no space. */
+static bool take_policy(spurion_pipeline *p)
+{
+    int64_t end = spurion_clock_ms() + RELOAD_WAIT_MS;
+
+    while (atomic_load(&p->judged) > 0 || pthread_rwlock_trywrlock(&p->policy) != 0) {
+        if (spurion_clock_ms() >= end) {
+            return false;
+        }
+        (void)nanosleep(&(struct timespec){0, 1000000}, NULL);
+    }
+    return true;
+}
+
+/* Puts the new rules in force and gives the policy back. Frees what held the old ones. */
+static void put_in_force(spurion_pipeline *p, spurion_config *fresh, spurion_bytes *ids, spurion_engine_reload *reload)
+{
+    p->active.rules = fresh->rules;
+    p->active.rule_count = fresh->rule_count;
+    p->active.catalogue = fresh->catalogue;
+    spurion_engine_reload_apply(p->engine, reload);
+    free(p->rules);
+    p->rules = ids;
+    pthread_rwlock_unlock(&p->policy);
+    if (p->reloaded != NULL) {
+        spurion_config_fini(p->reloaded);
+        free(p->reloaded);
+    }
+    p->reloaded = fresh;
+}
+
+/* Reads the configuration again; what was judged before ends with the old rules, what is judged after has the new ones. */
+static spurion_status reload(spurion_pipeline *p)
+{
+    spurion_config *fresh = calloc(1, sizeof *fresh), merged = p->active;
+    spurion_engine_reload *made = NULL;
+    spurion_bytes *ids = NULL;
+    char names[400];
+    bool still;
+    spurion_status st;
+
+    if (fresh == NULL) {
+        return spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory");
+    }
+    SPURION_TRY(st, spurion_config_load(fresh, p->source->path, p->source->overrides, p->source->override_count));
+    spurion_config_difference(names, sizeof names, p->config, fresh);
+    merged.rules = fresh->rules;
+    merged.rule_count = fresh->rule_count;
+    merged.catalogue = fresh->catalogue;
+    ids = rule_ids(fresh);
+    if (ids == NULL) {
+        st = spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory");
+        goto out;
+    }
+    for (int32_t i = 0; i < fresh->rule_count; i++) { /* reward.sd stays what it was at the start */
+        if (fresh->rules[i].has_effect_sd_min && !p->active.reward.has_sd) {
+            st = spurion_error(SPURION_FAILED_PRECONDITION, "rule '%s': effect_sd_min expected reward.sd at the start, found none", fresh->rules[i].id);
+            goto out;
+        }
+    }
+    SPURION_TRY(st, spurion_engine_reload_make(&made, p->engine, &merged));
+    atomic_store(&p->reloading, true);
+    pthread_mutex_lock(&p->gate);
+    still = take_policy(p);
+    if (still) {
+        put_in_force(p, fresh, ids, made);
+        fresh = NULL;
+        ids = NULL;
+    }
+    pthread_mutex_unlock(&p->gate);
+    atomic_store(&p->reloading, false);
+    if (!still) {
+        spurion_engine_reload_destroy(made);
+        st = spurion_error(SPURION_UNAVAILABLE, "expected verdicts to be stored within %d ms, found some still waiting; send SIGHUP again", RELOAD_WAIT_MS);
+        goto out;
+    }
+    if (names[0] != '\0') {
+        spurion_log_warn("CONFIG-RESTART", "changed, and in force only after a restart: %s", names);
+    }
+    st = keep_provenance(p);
+out:
+    free(ids);
+    if (fresh != NULL) {
+        spurion_config_fini(fresh);
+        free(fresh);
+    }
+    return st;
+}
+
+static void hang_up(spurion_pipeline *p)
+{
+    spurion_status st = reload(p);
+
+    if (st.code != SPURION_OK) {
+        spurion_log_error("CONFIG-RELOAD", "kept the rules and catalogue in force: %s", st.message);
+    } else {
+        spurion_log_info("CONFIG-RELOAD", "%d rules in force; provenance %s", p->config->rule_count, spurion_engine_provenance(p->engine));
+    }
+    st = p->http != NULL ? spurion_http_reload(p->http) : spurion_ok();
+    if (st.code != SPURION_OK) {
+        spurion_log_error("HTTP-TOKEN", "kept the tokens in force: %s", st.message);
+    }
+}
+
 static void serve(spurion_pipeline *p, const sigset_t *set)
 {
     uint64_t after = 0;
@@ -463,7 +585,7 @@ static void serve(spurion_pipeline *p, const sigset_t *set)
         if (s == SIGUSR1) {
             log_state(p);
         } else if (s == SIGHUP) {
-            spurion_log_warn("CONFIG-RELOAD", "SIGHUP: configuration is read at the start only; restart to change it");
+            hang_up(p);
         }
         if (!loaded) {
             loaded = inbox_load(p, &after);
@@ -534,7 +656,10 @@ static bool drain(spurion_pipeline *p, const threads *t, const sigset_t *set)
 static void init_shared(spurion_pipeline *p, const spurion_config *config)
 {
     memset(p, 0, sizeof *p);
-    p->config = config;
+    p->active = *config;
+    p->config = &p->active;
+    pthread_rwlock_init(&p->policy, NULL);
+    pthread_mutex_init(&p->gate, NULL);
     p->start_ms = spurion_clock_ms();
     spurion_queue_init(&p->intake);
     spurion_queue_init(&p->sink);
@@ -589,7 +714,7 @@ out:
     return fail_start("START-FAILED", &st);
 }
 
-int spurion_pipeline_run(const spurion_config *config)
+int spurion_pipeline_run(const spurion_config *config, const spurion_source *source)
 {
     spurion_pipeline *p = calloc(1, sizeof *p);
     mark_loader *loader = calloc(1, sizeof *loader);
@@ -611,6 +736,7 @@ int spurion_pipeline_run(const spurion_config *config)
     sigaddset(&set, SIGUSR1);
     pthread_sigmask(SIG_BLOCK, &set, NULL);
     init_shared(p, config);
+    p->source = source;
     loader->p = p;
     spurion_arena_init(&loader->arena, 0);
     return run(p, loader, &set); /* p stays: nng's threads may still look at it until _exit */

@@ -27,7 +27,14 @@ struct spurion_http_calls;
 typedef struct spurion_step_runs spurion_step_runs;
 
 typedef struct spurion_pipeline {
-    const spurion_config *config;
+    const spurion_config *config;  /* = &active */
+    spurion_config active;         /* rules and catalogue change by SIGHUP, under policy */
+    spurion_config *reloaded;      /* main: owns the rules in force after a SIGHUP, or NULL */
+    const spurion_source *source;  /* main: where the configuration came from */
+    pthread_rwlock_t policy;       /* read by who looks at rules, catalogue or provenance beside the engine; written by a reload */
+    pthread_mutex_t gate;          /* held by the engine while it judges, by main while it reloads */
+    _Atomic bool reloading;        /* main: the engine leaves the gate alone */
+    _Atomic int64_t judged;        /* rollouts that the engine has judged and the sink has not yet let go */
     int64_t start_ms;
     spurion_store *store;          /* main, before the threads */
     spurion_transport *transport;  /* main */

@@ -666,12 +666,21 @@ void *spurion_sink_main(void *arg)
             t->items[t->count++] = (spurion_item *)node;
         }
         if (t->count > 0) {
+            int64_t judged = 0;
+            for (int i = 0; i < t->count; i++) {
+                judged += t->items[i]->judged;
+            }
+            pthread_rwlock_rdlock(&p->policy);
             take_turn(t);
+            pthread_rwlock_unlock(&p->policy);
+            atomic_fetch_sub(&p->judged, judged);
             spurion_arena_fini(&t->arena); /* turns differ much in size: what a large one took goes back */
         }
         ended = closed && t->count == 0; /* a turn may send those that waited for its rollouts here again */
         if (!ended) {
+            pthread_rwlock_rdlock(&p->policy);
             spurion_steps_close_due(p);
+            pthread_rwlock_unlock(&p->policy);
         }
     }
     spurion_arena_fini(&t->arena);

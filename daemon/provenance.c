@@ -90,33 +90,32 @@ static json_t *rules_json(const spurion_config *c)
     return list;
 }
 
-spurion_status spurion_provenance_make(spurion_engine *e, spurion_weights *weights)
+spurion_status spurion_provenance_make(char digits[17], char **text, const spurion_engine *e, const spurion_config *c)
 {
-    spurion_status st;
-    const spurion_config *c = e->config;
+    spurion_status st = spurion_ok();
     unsigned char digest[SPURION_SHA256_BYTES], catalogue[SPURION_SHA256_BYTES] = {0};
     json_t *all = NULL;
     spurion_sha256 h = {NULL};
 
-    SPURION_TRY(st, spurion_weights_digest(digest, weights));
+    *text = NULL;
     if (c->catalogue) {
         SPURION_TRY(st, file_digest(catalogue, c->catalogue));
     }
     all = json_pack("{s:s, s:o, s:o, s:o, s:o, s:{s:i, s:i, s:i, s:i, s:i, s:i, s:b, s:b}, s:{s:b, s:f, s:f}}", "version", SPURION_VERSION,
-                    "model", model_json(e, digest), "saes", saes_json(e), "catalogue", hex_of(catalogue), "rules", rules_json(c), "attribution",
+                    "model", model_json(e, e->weights_digest), "saes", saes_json(e), "catalogue", hex_of(catalogue), "rules", rules_json(c), "attribution",
                     "method", (int)c->attribution.method, "when", (int)c->attribution.when, "ig_steps", c->attribution.ig_steps, "ig_rule",
                     (int)c->attribution.ig_rule, "scope", (int)c->attribution.scope, "top", c->attribution.top, "completeness",
                     c->attribution.completeness, "each", c->ablation_each, "reward", "has_sd", c->reward.has_sd, "sd", c->reward.sd,
                     "trainer_tolerance", c->reward.trainer_tolerance);
-    e->provenance_text = all ? json_dumps(all, JSON_SORT_KEYS | JSON_COMPACT | JSON_REAL_PRECISION(17)) : NULL;
-    if (!e->provenance_text) {
+    *text = all ? json_dumps(all, JSON_SORT_KEYS | JSON_COMPACT | JSON_REAL_PRECISION(17)) : NULL;
+    if (!*text) {
         st = spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory for the provenance");
         goto out;
     }
     SPURION_TRY(st, spurion_sha256_init(&h));
-    SPURION_TRY(st, spurion_sha256_update(&h, e->provenance_text, strlen(e->provenance_text)));
+    SPURION_TRY(st, spurion_sha256_update(&h, *text, strlen(*text)));
     SPURION_TRY(st, spurion_sha256_finish(digest, &h));
-    spurion_hex(e->provenance, digest, 8);
+    spurion_hex(digits, digest, 8);
 out:
     spurion_sha256_fini(&h);
     json_decref(all);

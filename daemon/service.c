@@ -98,6 +98,7 @@ static void handle_hello(spurion_pipeline *p, spurion_call *c)
     spurion_bytes body = nothing;
     spurion_hello hello;
     spurion_status st;
+    char provenance[17];
 
     memset(&reply, 0, sizeof reply);
     SPURION_TRY(st, spurion_codec_decode_hello(&hello, &m, c->request.body));
@@ -109,7 +110,10 @@ static void handle_hello(spurion_pipeline *p, spurion_call *c)
     reply.proto = SPURION_PROTO_VERSION;
     reply.server_version = spurion_bytes_of(SPURION_VERSION);
     reply.epoch = spurion_store_alert_epoch(p->store);
-    reply.provenance = spurion_bytes_of(spurion_engine_provenance(p->engine));
+    pthread_rwlock_rdlock(&p->policy);
+    (void)snprintf(provenance, sizeof provenance, "%s", spurion_engine_provenance(p->engine));
+    pthread_rwlock_unlock(&p->policy);
+    reply.provenance = spurion_bytes_of(provenance);
     reply.frame_bytes_max = SPURION_FRAME_BYTES_MAX;
     reply.reply_bytes_max = SPURION_REPLY_BYTES_MAX;
     SPURION_TRY(st, spurion_codec_encode_hello_reply(&body, &m, &reply));
@@ -406,7 +410,10 @@ void *spurion_desk_main(void *arg)
                 submit(p, c);
             } else {
                 spurion_bytes body = nothing;
-                spurion_status st = spurion_service_read(&body, p, c);
+                spurion_status st;
+                pthread_rwlock_rdlock(&p->policy);
+                st = spurion_service_read(&body, p, c);
+                pthread_rwlock_unlock(&p->policy);
                 spurion_service_answer(p, c, &st, body);
             }
         }
