@@ -615,14 +615,15 @@ spurion_status spurion_http_start(spurion_http **out, const spurion_http_options
         st = spurion_error(SPURION_FAILED_PRECONDITION, "listen.http: %s: %s", h->options.address, gai_strerror(rc));
         goto out;
     }
+    *out = h; /* before the first request, whose handler may look for it there */
     SPURION_TRY(st, listen_on(h, at));
-    *out = h;
     h = NULL;
 out:
     if (at != NULL) {
         freeaddrinfo(at);
     }
     if (h != NULL) {
+        *out = NULL;
         pthread_mutex_destroy(&h->lock);
         free(h);
     }

@@ -53,7 +53,7 @@ typedef struct spurion_http_stats {
 } spurion_http_stats;
 
 /* Reads the tokens and listens. FAILED_PRECONDITION: an address that is none or is not loopback's; INVALID_ARGUMENT: no token in the file;
- * UNAVAILABLE: the address is taken. handlers are copied. */
+ * UNAVAILABLE: the address is taken. handlers are copied. *out is set before the first request comes. */
 spurion_status spurion_http_start(spurion_http **out, const spurion_http_options *options, const spurion_http_handlers *handlers) SPURION_MUST_USE;
 /* The port it listens on. */
 int spurion_http_port(const spurion_http *h);
