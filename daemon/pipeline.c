@@ -547,6 +547,10 @@ static spurion_status reload(spurion_pipeline *p)
         spurion_log_warn("CONFIG-RESTART", "changed, and in force only after a restart: %s", names);
     }
     st = keep_provenance(p);
+    if (st.code != SPURION_OK) { /* the rules are in force all the same */
+        spurion_log_error("PROVENANCE", "what %s stands for is not stored: %s", spurion_engine_provenance(p->engine), st.message);
+        st = spurion_ok();
+    }
 out:
     free(ids);
     if (fresh != NULL) {
