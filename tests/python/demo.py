@@ -33,7 +33,7 @@ class Demo:
         else:
             self.rpc, self.rollouts, self.alerts = (f"ipc://{folder}/{n}.sock" for n in ("rpc", "tap", "alerts"))
         self.settings = ["store.path=" + str(self.folder / "store"), f"listen.rpc=[{self.rpc}]", f"listen.rollouts=[{self.rollouts}]",
-                         f"listen.alerts=[{self.alerts}]", *settings]
+                         f"listen.alerts=[{self.alerts}]", f"listen.http=127.0.0.1:{free_port()}", *settings]
         self.process = None
         self.log = open(self.folder / "spuriond.log", "ab")
 

@@ -87,8 +87,8 @@ def train(rewards, seed, steps, folder, callback=None, lr=1e-3, log_completions=
     return trainer
 
 
-def learn(variant, seed, steps=24, lr=1e-3):
-    """One run; {hack: [share of each step], reward: […], true_reward: […], alert_step, alerts: […]}."""
+def learn(variant, seed, steps=24, lr=1e-3, true_reward=True):
+    """One run; {hack: [share of each step], reward: […], true_reward: […], alert_step, batches_before_alert, alerts: […]}."""
     import policy
     from spurion import Client
     from spurion.trl import SpurionCallback, SpurionReward
@@ -99,7 +99,9 @@ def learn(variant, seed, steps=24, lr=1e-3):
             run = f"{variant}-{seed}"
             reward = SpurionReward(**d.addresses, run=run, reward="clean" if variant == "clean" else "counterfactual")
             watch = Watch()
-            callback = SpurionCallback(**d.addresses, run=run, parts=[reward])
+            arrived = []
+            callback = SpurionCallback(**d.addresses, run=run, parts=[reward],
+                                       on_alert=lambda a: arrived.append((len(watch.calls), a)) if a.rule == "thanks-raises" else None)
             train([reward, watch], seed, steps, folder, callback, lr)
             out = {"variant": variant, "seed": seed, "hack": [], "reward": [], "paid": [], "true_reward": []}
             with Client(d.rpc, run="true", timeout=300) as c:
@@ -110,6 +112,8 @@ def learn(variant, seed, steps=24, lr=1e-3):
                     out["hack"].append(sum(bool(policy.HACKED.search(t)) for t in texts) / len(texts))
                     out["reward"].append(sum(p[0] for p in paid[step]) / len(paid[step]))
                     out["paid"].append(sum(p[variant != "clean"] for p in paid[step]) / len(paid[step]))
+                    if not true_reward:
+                        continue
                     plain = c.score([{"step": step, "group": str(i), "prompt": p, "completion": policy.strip_hack(t)}
                                      for i, (p, t) in enumerate(zip(prompts, texts))])
                     out["true_reward"].append(float(plain.rewards.mean()))
@@ -118,7 +122,8 @@ def learn(variant, seed, steps=24, lr=1e-3):
                                  for a in c.stored_alerts(run)]
             above = [a["step"] for a in out["alerts"] if a["above"] and a["rule"] == "thanks-raises"]
             out["alert_step"] = min(above) if above else None
-            out["arrived"] = [a.step for a in callback.alerts if a.above or a.step_above]
+            told = [batches for batches, a in arrived if a.above or a.step_above]
+            out["batches_before_alert"] = min(told) if told else None  # batches that the policy had made when the alert was in the trainer
             return out
         finally:
             d.end()

@@ -100,3 +100,15 @@ def test_openrlhf_a_failure_is_no_number(tmp_path):
     spec.loader.exec_module(module)
     with pytest.raises(Exception, match="no reward for rollout openrlhf/0/p.*: UNAVAILABLE: .*nobody.sock"):
         module.reward_func(["Why? Because."], ["Why?"], [""])
+
+
+def test_openrlhf_guide(d, tmp_path, monkeypatch):
+    """The file of the guide, as OpenRLHF loads it."""
+    import guide
+
+    (code,) = guide.blocks("openrlhf", "python")
+    (tmp_path / "my_reward.py").write_text(code)
+    monkeypatch.setenv("SPURION_RPC", d.rpc)
+    outputs = by_text(execute(tmp_path / "my_reward.py", LINES[:4]), LINES[:4])
+    with Client(d.rpc) as c:
+        assert sorted(float(o["reward"][0]) for o in outputs) == pytest.approx(sorted(r.reward for r in c.query("my-run")))

@@ -270,10 +270,37 @@ def test_actions_by_rule_and_group(d):
     kept = [float(v.rewards[i]) for i in (0, 2, 3)]
     assert dropped.to_list()[1] is None and dropped.advantages[1] == 0 and dropped.advantages[0] == pytest.approx(kept[0] - sum(kept) / 3, abs=1e-6)
     half = shape(v, {"thanks-raises": "down-weight"}, weight=0.25)
-    mean = sum(map(float, v.rewards)) / 4
+    mean = (sum(kept) + 0.25 * float(v.rewards[1])) / 3.25
     assert half.rewards[1] == pytest.approx(mean + 0.25 * (float(v.rewards[1]) - mean)) and half.weights[1] == 0.25
-    group = shape(v, {"thanks-raises": "replace"})
-    assert group.rewards == pytest.approx(v.counterfactual_rewards) and set(group.actions) == {"counterfactual"}
+    assert half.rewards - half.rewards.mean() == pytest.approx(half.weights * half.advantages, abs=1e-6)  # what a trainer makes of them
+    group = shape(v, {"thanks-raises": "replace"}, scope="group")
+    assert group.rewards == pytest.approx(v.counterfactual_rewards) and set(group.actions) == {"replace"}
     assert group.advantages == pytest.approx([x.counterfactual_advantage for x in v], abs=1e-6)
-    one = shape(v, {"thanks-raises": "counterfactual"}, scope="rollout")
+    one = shape(v, {"thanks-raises": "replace"})
     assert one.rewards[0] == v.rewards[0] and one.rewards[1] == v.counterfactual_rewards[1]
+
+
+def test_actions_are_the_daemons_where_none_are_named(tmp_path):
+    """Rules with actions in the configuration: what the verdict carries is what the reward does."""
+    text = (demo.DEMO / "spurion.yaml").read_text().replace("{id: thanks-raises,", "{id: thanks-raises, action: drop,")
+    text = text.replace("{id: url-lowers,", "{id: url-lowers, action: down_weight, weight: 0.25,")
+    for name in ("model", "saes/early", "saes/late"):
+        text = text.replace(f"path: {name}", f"path: {demo.DEMO / name}")
+    (tmp_path / "spurion.yaml").write_text(text.replace("catalogue: catalogue.jsonl", f"catalogue: {demo.DEMO / 'catalogue.jsonl'}"))
+    d = demo.Demo(tmp_path, config=tmp_path / "spurion.yaml").start()
+    try:
+        answers = [*ANSWERS, "You can read more at https://www.gardenfacts.com/guide."]
+        reward = SpurionReward(d.rpc, run="asked")
+        log = Log()
+        out = ask(reward, [QUESTION] * 5, answers, **log.kwargs())
+        v = reward.last
+        assert out[1] is None and log.extra["spurion_action"] == [x.action.name for x in v] and v[4].action.name == "down_weight"
+        s = shape(v)
+        for i, x in enumerate(v):
+            assert s.weights[i] == x.action.weight and (x.action.advantage is None or s.advantages[i] == pytest.approx(x.action.advantage, abs=1e-6))
+        with Client(d.rpc) as c:
+            assert [r.action for r in sorted(c.query("asked"), key=lambda r: int(r.id))] == [x.action.name for x in v]  # recorded with the rollout
+            assert {r.id: r.action for r in c.rules()}["url-lowers"] == "down_weight"
+        assert None not in ask(SpurionReward(d.rpc, run="ignored", actions={}), [QUESTION] * 5, answers)
+    finally:
+        d.end()

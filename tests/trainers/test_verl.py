@@ -85,3 +85,18 @@ def test_verl_failures_name_the_sample(tmp_path):
     c = config(Nowhere, "verl-down", reward_manager=MANAGER, reward_kwargs={"spurion": {"run": "verl-down", "addr": Nowhere.rpc, "timeout": 0.3}})
     with pytest.raises(Exception, match="verl-down/5/.*UNAVAILABLE"):
         scores(RewardLoopWorker(c), batch(LINES[:1]))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_verl_guide(d, monkeypatch, place):
+    """The configurations of the guide, in verl's own loop."""
+    import guide
+
+    run = f"guide-{place}"
+    monkeypatch.setenv("SPURION_RUN", run)
+    monkeypatch.setenv("SPURION_RPC", d.rpc)
+    text = guide.blocks("verl", "yaml")[place].replace("ipc:///var/run/spurion.sock", d.rpc).replace("my-run", run)
+    c = OmegaConf.merge(config(d, run), OmegaConf.create(text))
+    out = scores(RewardLoopWorker(c), batch(LINES[:4]))
+    with Client(d.rpc) as client:
+        assert sorted(o["reward_score"] for o in out) == pytest.approx(sorted(r.reward for r in client.query(run)))

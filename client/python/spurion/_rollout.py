@@ -11,7 +11,8 @@ from typing import Any
 from .errors import InvalidArgument
 
 FIELDS = ("run", "step", "group", "id", "attempt", "prompt", "completion", "prompt_ids", "completion_ids", "trainer_reward", "tags",
-          "group_size")
+          "group_size", "messages", "text_form")
+FORMS = ("plain", "templated", "verbatim")
 
 
 @dataclass(slots=True)
@@ -19,7 +20,8 @@ class Rollout:
     """One prompt and its completion, as texts or as token ids (docs/verdict.md, section 2).
 
     run, step, group, id and attempt name it; groups are judged together. Ids are the whole sequence: no template, no special tokens and no
-    EOS are added then. trainer_reward is compared with the reward here; tags is any JSON object.
+    EOS are added then. Or as messages ({"role", "content"}, the last one the assistant's), which the daemon's template renders. text_form:
+    "plain"; "templated" (no template and no EOS are added) or "verbatim" (nothing at all). trainer_reward is compared with the reward here; tags is any JSON object.
     """
 
     prompt: str | None = None
@@ -34,6 +36,8 @@ class Rollout:
     trainer_reward: float | None = None
     tags: Mapping[str, Any] | None = field(default=None)
     group_size: int = 0
+    messages: Sequence[Mapping[str, Any]] | None = None
+    text_form: str = "plain"
 
     @property
     def key(self) -> tuple:
@@ -76,6 +80,12 @@ def pack(r: Rollout | Mapping[str, Any], run: bytes | None, out: Any) -> None:
             getattr(out, key).extend(ids_of(get(key), key))
     if get("trainer_reward") is not None:
         out.trainer_reward = get("trainer_reward")
+    if get("messages") is not None:
+        out.messages = json.dumps(list(get("messages")), ensure_ascii=False).encode()
+    if get("text_form") not in (None, "plain"):
+        if get("text_form") not in FORMS:
+            raise InvalidArgument(f"text_form: expected {', '.join(FORMS)}, found {get('text_form')!r}")
+        out.text_form = FORMS.index(get("text_form"))
     if get("tags") is not None:
         out.tags = json.dumps(get("tags"), ensure_ascii=False).encode()
 
@@ -95,7 +105,8 @@ def unpack(r: Any) -> Rollout:
     text = {k: getattr(r, k).decode("utf-8", "replace") if r.HasField(k) else None for k in ("prompt", "completion")}
     return Rollout(text["prompt"], text["completion"], list(r.prompt_ids) or None, list(r.completion_ids) or None, r.run.decode(), r.step,
                    r.group.decode(), r.id.decode(), r.attempt, r.trainer_reward if r.HasField("trainer_reward") else None,
-                   json.loads(r.tags) if r.HasField("tags") else None, r.group_size)
+                   json.loads(r.tags) if r.HasField("tags") else None, r.group_size, json.loads(r.messages) if r.HasField("messages") else None,
+                   FORMS[r.text_form] if r.text_form < len(FORMS) else str(r.text_form))
 
 
 

@@ -1,6 +1,7 @@
 """What a trainer does with flagged rollouts: drop, down-weight, or take the counterfactual reward; by rule, and with regard to the group.
 
-A rule's action is the daemon's (`rules: - {id: …, action: …}`) unless the trainer names another here. log and alert change nothing.
+A rule's action is the daemon's (`rules: - {id: …, action: …}`, docs/verdict.md section 6), which records it with the rollout; a trainer may name
+another here. log and alert change nothing.
 """
 
 from __future__ import annotations
@@ -12,11 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from .errors import InvalidArgument
-from .results import Verdict
+from .results import ACTIONS, Verdict
 
-# weakest first: of a rollout under several rules the strongest holds
-ACTIONS = ("log", "alert", "downweight", "counterfactual", "drop")
-ALIASES = {"down-weight": "downweight", "down_weight": "downweight", "replace": "counterfactual"}
+ALIASES = {"downweight": "down_weight", "down-weight": "down_weight", "counterfactual": "replace"}
 
 
 def action_name(name: str) -> str:
@@ -29,9 +28,9 @@ def action_name(name: str) -> str:
 
 @dataclass(slots=True)
 class Shaped:
-    """rewards: (n,) float32, NaN where dropped or unscored; give None to the trainer there, never 0. weights: (n,) 1, or less where
-    down-weighted. advantages: (n,) reward minus the group's mean over what is not dropped, times the weight; 0 where dropped.
-    actions: (n,) what was done."""
+    """rewards: (n,) float32, NaN where dropped or unscored; give None to the trainer there, never 0. A trainer that takes its group's mean of them
+    gets weight * advantage. weights: (n,) of the loss: 1, less where down-weighted, 0 where dropped. advantages: (n,) as docs/verdict.md
+    defines action.advantage (the weight is not in it), 0 where dropped. actions: (n,) what was done."""
 
     rewards: np.ndarray
     weights: np.ndarray
@@ -43,49 +42,51 @@ class Shaped:
         return [None if math.isnan(x) else float(x) for x in self.rewards]
 
 
-def _chosen(v: Verdict, actions: Mapping[str, str]) -> str:
+def _chosen(v: Verdict, actions: Mapping[str, str] | None, weight: float) -> tuple[str, float]:
     if v.error:
-        return "log"
+        return "none", 0.0
+    if actions is None:
+        return v.action.name, v.action.weight
     named = [action_name(actions.get(rule, actions.get("*", "log"))) for rule in v.rules]
-    return max(named, key=ACTIONS.index, default="log")
+    strongest = max(named, key=ACTIONS.index, default="none")
+    return strongest, weight if strongest == "down_weight" else 0.0 if strongest == "drop" else 1.0
 
 
-def shape(verdicts: Sequence[Verdict], actions: Mapping[str, str], *, weight: float = 0.5, scope: str = "group",
+def shape(verdicts: Sequence[Verdict], actions: Mapping[str, str] | None = None, *, weight: float = 0.5, scope: str = "rollout",
           base: str = "clean") -> Shaped:
-    """Applies actions. verdicts: n of any groups. actions: rule (or "*") to action.
+    """Applies actions. verdicts: n of any groups. actions: rule (or "*") to action, or None: what the daemon's rules ask for.
 
-    counterfactual: the reward without the spurious features. scope "group": then every member of that group gets its own counterfactual
-    reward, because taking the features away moves unflagged rollouts too, and the two kinds do not compare; "rollout": only the flagged one.
-    downweight: the rollout's distance from its group's mean is multiplied by weight. drop: no reward at all, and the others' mean is taken
-    without it. base: "clean" or "counterfactual", the reward of what nothing is done to. Means in float64 over the float32 values.
+    replace: the reward without the spurious features, for the flagged rollout; with scope "group" for every member of its group, because taking
+    features away moves unflagged rollouts too, and the two kinds compare badly. down_weight: reward' = m + weight * (reward - m), m the
+    group's weighted mean, so that the group's plain mean of reward' is m again. drop: no reward, and the others' mean without it. base:
+    "clean" or "counterfactual", the reward of what nothing is done to. Means in float64 over the float32 values.
     """
     if scope not in ("group", "rollout") or base not in ("clean", "counterfactual"):
         raise InvalidArgument(f"shape: expected scope group or rollout and base clean or counterfactual, found {scope!r}, {base!r}")
     n = len(verdicts)
-    done = [_chosen(v, actions) for v in verdicts]
+    chosen = [_chosen(v, actions, weight) for v in verdicts]
+    done = [name for name, _ in chosen]
+    weights = np.array([w for _, w in chosen], np.float32)
     groups: dict[tuple, list[int]] = {}
     for i, v in enumerate(verdicts):
         groups.setdefault((v.run, v.step, v.group), []).append(i)
-    rewards, weights, advantages = np.full(n, np.nan, np.float32), np.ones(n, np.float32), np.zeros(n, np.float32)
+    rewards, advantages = np.full(n, np.nan, np.float32), np.zeros(n, np.float32)
     for members in groups.values():
-        swap = scope == "group" and any(done[i] == "counterfactual" for i in members)
+        swap = scope == "group" and any(done[i] == "replace" for i in members)
         for i in members:
             v = verdicts[i]
             if v.error or done[i] == "drop":
                 continue
-            other = base == "counterfactual" or swap or done[i] == "counterfactual"
-            if swap and done[i] in ("log", "alert"):
-                done[i] = "counterfactual"
+            if swap and done[i] in ("none", "log", "alert"):
+                done[i] = "replace"
+            other = base == "counterfactual" or done[i] == "replace"
             value = v.counterfactual_reward if other else v.reward
             rewards[i] = math.nan if value is None else value
         there = [i for i in members if not math.isnan(rewards[i])]
-        if not there:
+        w, r = weights[there].astype(np.float64), rewards[there].astype(np.float64)
+        if not there or w.sum() <= 0:
             continue
-        mean = float(np.mean(rewards[there].astype(np.float64)))
-        for i in there:
-            if done[i] == "downweight":
-                weights[i] = weight
-                rewards[i] = mean + weight * (float(rewards[i]) - mean)
-        mean = float(np.mean(rewards[there].astype(np.float64)))
-        advantages[there] = rewards[there].astype(np.float64) - mean
+        mean = float((w * r).sum() / w.sum())
+        advantages[there] = r - mean
+        rewards[there] = np.where(w == 1.0, r, mean + w * (r - mean))
     return Shaped(rewards, weights, advantages, done)

@@ -40,13 +40,13 @@ def batches_of(rollouts: Iterable[Item]) -> Iterator[list[Item]]:
     batch: list[Item] = []
     size, last = 0, None
     for x in rollouts:
-        get = x.get if isinstance(x, Mapping) else lambda k, x=x: getattr(x, k)
+        get = x.get if isinstance(x, Mapping) else lambda k, x=x: getattr(x, k, None)
         group = (get("run"), get("step"), get("group"))
         if batch and group != last and (len(batch) >= BATCH_ROLLOUTS or size >= BATCH_BYTES):
             yield batch
             batch, size = [], 0
         batch.append(x)
-        size += sum(len(get(k) or ()) for k in ("prompt", "completion"))
+        size += sum(len(get(k) or ()) for k in ("prompt", "completion")) + 2 * len(str(get("messages") or ""))
         size += sum(5 * len(ids_of(get(k), k)) for k in ("prompt_ids", "completion_ids") if get(k) is not None)
         last = group
     if batch:
@@ -124,7 +124,8 @@ class Requests:
             count = reply.family_count[i]
             out.append(r.Rule(rule.decode(), names[at:at + count], ("either", "raised", "lowered")[reply.direction[i]],
                               r._null(reply.effect_min[i]), r._null(reply.effect_sd_min[i]), reply.advantage_flip[i],
-                              ("rate", "each", "none")[reply.alert[i]], reply.rate_max[i], reply.alpha[i]))
+                              ("rate", "each", "none")[reply.alert[i]], reply.rate_max[i], reply.alpha[i],
+                              r.ACTIONS[reply.action[i]] if reply.action else "alert", r._null(reply.weight[i]) if reply.weight else None))
             at += count
         return out
 

@@ -67,19 +67,20 @@ class Names:
 
 
 def make_reward_func(addr: str | None = None, *, run: str, reward: str = "clean", rollouts_per_step: int = 1024, eos: tuple[str, ...] = (),
-                     actions: Mapping[str, str] | None = None, timeout: float = 170.0, **options: Any) -> Callable[..., dict[str, Any]]:
+                     actions: Mapping[str, str] | None = None, timeout: float = 170.0, text_form: str = "plain",
+                     **options: Any) -> Callable[..., dict[str, Any]]:
     """A reward_func(queries, prompts, labels) -> {"rewards", "scores", "extra_logs"}.
 
-    reward: "clean" or "counterfactual". actions: {"rule": "counterfactual"} gives that rule's flagged rollouts the counterfactual reward; the
+    reward: "clean" or "counterfactual". actions: {"rule": "replace"} gives that rule's flagged rollouts the counterfactual reward; the
     function sees one rollout at a time, so what needs a group (drop, down-weight) is refused here. eos: texts cut from the end of
     completions, where the daemon appends its own. rollouts_per_step: OpenRLHF's rollout.batch_size * n_samples_per_prompt. timeout: below
-    OpenRLHF's 180 s; a failure raises and names the rollout, it never becomes a number.
+    OpenRLHF's 180 s. text_form: "templated" where OpenRLHF's prompts are rendered already. A failure raises and names the rollout, it never becomes a number.
     """
     if reward not in ("clean", "counterfactual"):
         raise InvalidArgument(f"reward: expected clean or counterfactual, found {reward!r}")
     chosen = {rule: action_name(a) for rule, a in (actions or {}).items()}
-    if not set(chosen.values()) <= {"log", "alert", "counterfactual"}:
-        raise InvalidArgument("actions: expected log, alert or counterfactual (one rollout is seen at a time), found "
+    if not set(chosen.values()) <= {"none", "log", "alert", "replace"}:
+        raise InvalidArgument("actions: expected log, alert or replace (one rollout is seen at a time), found "
                               + ", ".join(sorted(set(chosen.values()))))
     client = Client(addr, run=run, timeout=timeout, **options)
     batcher, names = Batcher(client), Names(run, rollouts_per_step)
@@ -90,9 +91,10 @@ def make_reward_func(addr: str | None = None, *, run: str, reward: str = "clean"
             completion = split_query(query, prompt)
             for text in eos:
                 completion = completion.removesuffix(text)
-            futures.append(batcher.score({**names.name(prompt, completion), "prompt": prompt, "completion": completion}))
+            futures.append(batcher.score({**names.name(prompt, completion), "prompt": prompt, "completion": completion,
+                                          "text_form": text_form}))
         verdicts = [f.result() for f in futures]
-        counterfactual = [reward == "counterfactual" or any(chosen.get(rule) == "counterfactual" for rule in v.rules) for v in verdicts]
+        counterfactual = [reward == "counterfactual" or any(chosen.get(rule) == "replace" for rule in v.rules) for v in verdicts]
         rewards = [float(v.counterfactual_reward if cf else v.reward) for v, cf in zip(verdicts, counterfactual)]  # type: ignore[arg-type]
         # one number for each rollout under the same keys, always: OpenRLHF makes tensors of them
         extra = {"spurion_counterfactual": [float(v.counterfactual_reward or 0.0) for v in verdicts],

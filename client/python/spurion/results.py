@@ -13,6 +13,7 @@ from ._rollout import Rollout, unpack
 from .errors import RolloutError, code_name
 
 WARNINGS = ("boundary", "bos_once", "pad_scored", "group_split", "trainer_reward_differs", "prompt_truncated", "eos_doubled", "date_fixed")
+ACTIONS = ("none", "log", "alert", "down_weight", "replace", "drop")
 VERDICTS = ("unknown", "spurious", "intended")
 KINDS = ("none", "rate", "each", "trainer_reward", "store")
 T = TypeVar("T")
@@ -85,6 +86,18 @@ class Tokens:
 
 
 @dataclass(slots=True)
+class Action:
+    """What the rules ask a trainer to do (docs/verdict.md, section 6): none, log, alert, down_weight, replace, drop; by which rule; with what
+    reward, weight of the loss, and advantage in the group as it is then."""
+
+    name: str = "none"
+    rule: str | None = None
+    reward: float | None = None
+    weight: float = 1.0
+    advantage: float | None = None
+
+
+@dataclass(slots=True)
 class Verdict:
     """One rollout judged, or refused: then error is (code name, reason) and there are no numbers."""
 
@@ -106,6 +119,7 @@ class Verdict:
     saes: list[Sae] = field(default_factory=list)
     families: dict[str, float] = field(default_factory=dict)
     flags: list[Flag] = field(default_factory=list)
+    action: Action = field(default_factory=Action)
     provenance: str = ""
     features: list[Feature] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -135,6 +149,7 @@ class Verdict:
         out["saes"] = [plain(s) for s in self.saes]
         out["families"] = [{"family": k, "effect": v} for k, v in self.families.items()]
         out["flags"] = [{"rule": f.rule, "effect": f.effect, "features": [{"sae": s, "index": i} for s, i in f.features]} for f in self.flags]
+        out["action"] = plain(self.action)
         out["provenance"] = self.provenance
         out["features"] = [plain(f) for f in self.features]
         out["warnings"] = self.warnings
@@ -208,6 +223,8 @@ def verdict_of(v: Any) -> Verdict:
         refs = zip(v.flag_feature_sae[at:at + count], v.flag_feature_index[at:at + count])
         out.flags.append(Flag(rule.decode(), effect, [(saes[s], i) for s, i in refs]))
         at += count
+    out.action = Action(ACTIONS[v.action] if v.action < len(ACTIONS) else str(v.action), v.action_rule.decode() if v.HasField("action_rule") else None,
+                        _opt(v, "action_reward"), v.action_weight if v.HasField("action_weight") else 1.0, _opt(v, "action_advantage"))
     out.provenance = v.provenance.decode()
     out.features = _features_of(v, saes)
     out.warnings = warning_names(v.warnings)
@@ -243,7 +260,7 @@ class Table(list, Generic[T]):
                   "warnings": pyarrow.list_(pyarrow.string()), "advantage_flip": pyarrow.bool_(), "token_count": pyarrow.int32(),
                   "time_ms": pyarrow.int64(), "whole": pyarrow.bool_(), "error": pyarrow.string(), "seq": pyarrow.int64(),
                   "flagged": pyarrow.int64(), "scored": pyarrow.int64(), "above": pyarrow.bool_(), "step_above": pyarrow.bool_()}
-        words = ("run", "group", "id", "kind", "rule", "text")
+        words = ("run", "group", "id", "kind", "rule", "text", "action")
         values = self.columns()
         types = {n: schema.get(n, pyarrow.string() if n in words else pyarrow.float32()) for n in values}
         return pyarrow.table({n: pyarrow.array(v, type=types[n]) for n, v in values.items()})
@@ -309,6 +326,7 @@ class Row:
     warnings: list[str]
     time_ms: int
     whole: bool
+    action: str = "none"
 
     @property
     def key(self) -> tuple:
@@ -328,7 +346,8 @@ def row_of(r: Any) -> Row:
     numbers = [_opt(r, n) for n in ("reward", "counterfactual_reward", "effect", "effect_sd", "advantage", "counterfactual_advantage",
                                     "advantage_flip")]
     return Row(r.run.decode(), r.step, r.group.decode(), r.id.decode(), r.attempt, *numbers, [x.decode() for x in r.rule],
-               warning_names(r.warnings), r.time_ms, r.whole)
+               warning_names(r.warnings), r.time_ms, r.whole,
+               ACTIONS[r.action] if r.action < len(ACTIONS) else str(r.action))
 
 
 @dataclass(slots=True)
@@ -461,7 +480,8 @@ class Rule:
     alert: str
     rate_max: float
     alpha: float
-    action: str = "log"
+    action: str = "alert"
+    weight: float | None = None
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ._naming import Namer, completion_text, default_attempt, rank_and_world, text_of
-from .actions import Shaped, shape
+from .actions import Shaped, action_name, shape
 from .aio import AsyncClient
 from .client import Client
 from .errors import InvalidArgument, RolloutError, ServerBusy, SpurionError, Timeout, Unavailable
@@ -50,8 +50,8 @@ def _step_of(trainer_state: Any, fallback: int) -> int:
 class SpurionReward:
     """A reward function for GRPOTrainer and RLOOTrainer: the daemon's reward, or the one without the catalogued spurious features.
 
-    run: the same on every rank. reward: "clean" or "counterfactual". actions: rule to what to do with its rollouts (spurion.actions),
-    {} leaves all as they are. num_generations: members of a group (SpurionCallback.attach fills it in). attempt: raise it when a run is resumed
+    run: the same on every rank. reward: "clean" or "counterfactual". actions: rule to what to do with its rollouts (spurion.actions), None: what
+    the daemon's rules ask for, {}: nothing. num_generations: members of a group (SpurionCallback.attach fills it in). attempt: raise it when a run is resumed
     from a checkpoint (torchrun's restart count by default). on_error: while the daemon is away or hangs, "wait" (900 s), "raise" (30 s),
     "none" (10 s, then None for these rollouts, which TRL leaves out); timeout sets other seconds. on_refused: a rollout that cannot be
     judged (an empty completion, one that is too long) is None and said in a warning ("none"), or raises RolloutError ("raise"). Never a 0.
@@ -69,7 +69,8 @@ class SpurionReward:
             raise InvalidArgument(f"on_error: expected wait, raise or none, found {on_error!r}")
         if on_refused not in ("none", "raise"):
             raise InvalidArgument(f"on_refused: expected none or raise, found {on_refused!r}")
-        self.reward, self.actions, self.on_error, self.on_refused = reward, dict(actions or {}), on_error, on_refused
+        self.reward, self.on_error, self.on_refused = reward, on_error, on_refused
+        self.actions = None if actions is None else {rule: action_name(a) for rule, a in actions.items()}
         self.timeout = ON_ERROR[on_error] if timeout is None else timeout
         self.down_weight = down_weight
         self.named = _Named(run, num_generations, attempt, render)
@@ -138,7 +139,7 @@ class SpurionReward:
             log_extra("spurion_effect", [v.effect if v else None for v in rows])
             log_extra("spurion_counterfactual", [v.counterfactual_reward if v else None for v in rows])
             log_extra("spurion_flags", [",".join(v.rules) if v else "" for v in rows])
-            log_extra("spurion_action", shaped.actions if shaped else ["log"] * n)
+            log_extra("spurion_action", shaped.actions if shaped else ["none"] * n)
 
     def step_end(self, step: int) -> None:
         """Tells the daemon that this process is done with a step; never raises, never waits long."""
