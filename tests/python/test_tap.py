@@ -149,7 +149,7 @@ def test_tap_begins_anew_in_a_forked_child(d):
 
 def test_tap_refuses_what_is_malformed(d):
     with Client(**d.addresses, run="malformed") as c:
-        with pytest.raises(InvalidArgument, match="expected rollouts of run 'malformed'"):
+        with pytest.raises(InvalidArgument, match="expected rollouts of run 'malformed', found one of 'another'"):
             c.publish([dict(batch(0)[0], run="another")])
         with pytest.raises(InvalidArgument, match="at most 16776192 bytes"):
             c.publish([{"prompt": "x" * (17 << 20), "completion": "y"}])
@@ -162,3 +162,25 @@ def test_tap_says_the_rest_when_the_process_ends(d):
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     with Client(d.rpc) as c:
         assert len(demo.wait_for(lambda: c.query("exit"))) == 5
+
+
+def test_tap_bytes_are_protobufs():
+    """What is packed by hand unpacks to the same message, and packs to the same bytes again."""
+    import numpy as np
+
+    from spurion import _encode, _messages as m
+    from spurion._rollout import Rollout, pack
+
+    items = [*batch(3, "r"), {"step": -2, "id": "é", "attempt": 300, "prompt_ids": [0, 127, 128, 16383, 16384, 2097151, 2097152, (1 << 31) - 1],
+                              "completion_ids": np.arange(5, dtype=np.int64), "trainer_reward": -1.1, "tags": {"a": "ü"}},
+             Rollout(messages=[{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], run="r", step=1 << 40, group_size=200),
+             {"prompt": "p\ud800q".encode("utf-8", "surrogatepass").decode("utf-8", "replace"), "completion": "c" * 3000, "text_form": "verbatim"}]
+    wanted = m.Tap(run=b"r", producer=b"p", epoch=(1 << 63) - 1, sequence=300, step_end=7)
+    for x in items:
+        pack(x, b"r", wanted.rollouts.add())
+    data = _encode.tap(b"r", b"p", (1 << 63) - 1, 300, _encode.rollouts(items, b"r"), 7)
+    assert m.Tap.FromString(data) == wanted and data == wanted.SerializeToString()
+    with pytest.raises(InvalidArgument, match="integers of 32 bits"):
+        _encode.rollouts([{"prompt_ids": [1 << 40]}], b"r")
+    with pytest.raises(InvalidArgument, match="from 0 on, found -1"):
+        _encode.rollouts([{"prompt_ids": [5, -1]}], b"r")

@@ -19,8 +19,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from . import _call, _messages as m
-from ._rollout import Rollout, pack
+from . import _call, _encode, _messages as m
+from ._rollout import Rollout
 from ._sp import PUB, REQ, Address, Sp, frame_header
 from .errors import DataLoss, InvalidArgument, SpurionError, Timeout, Unavailable, error_of
 
@@ -35,6 +35,7 @@ BATCH_ROLLOUTS_MAX = 4096
 RANGES_MAX = 1024
 SLICE = 1 << 18
 EXIT_WAIT = 2.0
+ACTIVE = 0.02        # seconds between two looks while something is under way
 
 
 @dataclass(slots=True)
@@ -97,9 +98,7 @@ class Tap:
         self._closed_said = False
         self._stop = False
         self._error: SpurionError | None = None
-        self._wake_r, self._wake_w = socket.socketpair()
-        self._wake_r.setblocking(False)
-        self._wake_w.setblocking(False)
+        self._dirty = False  # something new for the thread
         self._thread: threading.Thread | None = None
         self._part_on = 0
         self._asked_closing = False
@@ -107,7 +106,7 @@ class Tap:
     def _enter(self) -> None:
         """In a forked child: the parent's ring, numbers and sockets stay the parent's."""
         if self._pid != os.getpid():
-            for sock in (self._pub.sock, self._req.sock, self._wake_r, self._wake_w):
+            for sock in (self._pub.sock, self._req.sock):
                 if sock is not None:
                     sock.close()
             self._begin(f"{self._named or socket.gethostname()[:100]}-{os.getpid()}")
@@ -122,21 +121,13 @@ class Tap:
     def publish(self, rollouts: Iterable[Rollout | Mapping[str, Any]] = (), *, step_end: int | None = None) -> bool:
         """Puts a batch into the ring; False: no room, dropped and counted. Raises InvalidArgument where a rollout is malformed."""
         self._enter()
-        t = m.Tap(run=self.run.encode(), producer=self.producer.encode(), epoch=self.epoch)
-        run = t.run
-        count = 0
-        for x in rollouts:
-            pack(x, run, t.rollouts.add())
-            count += 1
+        run = self.run.encode()
+        packed = _encode.rollouts(rollouts, run)
+        count = len(packed)
         if count > BATCH_ROLLOUTS_MAX:
             raise InvalidArgument(f"publish: expected at most {BATCH_ROLLOUTS_MAX} rollouts, found {count}")
-        if any(x.run != run for x in t.rollouts):
-            raise InvalidArgument(f"publish: expected rollouts of run {self.run!r}, found another")
-        if step_end is not None:
-            t.step_end = step_end
         with self._lock:
-            t.sequence = self.sequence + 1
-            data = t.SerializeToString()
+            data = _encode.tap(run, self.producer.encode(), self.epoch, self.sequence + 1, packed, step_end)
             if len(data) > BATCH_BYTES_MAX:
                 raise InvalidArgument(f"publish: expected a batch of at most {BATCH_BYTES_MAX} bytes, found {len(data)} (publish fewer at once)")
             self.sequence += 1
@@ -150,7 +141,9 @@ class Tap:
                 self.published_rollouts += count
             else:  # it has a number all the same: the daemon is told the exact loss
                 self._lose(self.sequence, count, False)
-        self._wake()
+            # no system call here: one would hand the interpreter to the thread, and the trainer would wait for it
+            self._dirty = True
+            self._lock.notify_all()
         return room
 
     def step_end(self, step: int) -> bool:
@@ -191,15 +184,10 @@ class Tap:
         if self._pid != os.getpid():
             return
         self._stop = True
-        self._wake()
+        with self._lock:
+            self._lock.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(2)
-
-    def _wake(self) -> None:
-        try:
-            self._wake_w.send(b"\0")
-        except OSError:
-            pass  # it is awake already
 
     def _settled(self, closing: bool) -> bool:
         return not self._ring and not self._unsure and not self._lost and (not closing or self._closed_said)
@@ -210,7 +198,8 @@ class Tap:
             self._urgent += 1
             self._sync_at = 0.0
             try:
-                self._wake()
+                self._dirty = True
+                self._lock.notify_all()
                 while not done():
                     left = end - time.monotonic()
                     if left <= 0:
@@ -260,22 +249,23 @@ class Tap:
         self._req.close()
 
     def _sleep(self, busy: bool) -> None:
-        poll = select.poll()
-        poll.register(self._wake_r, select.POLLIN)
+        """Waits for the sockets, a little, while something is under way; else until something is published."""
+        if busy:
+            return
+        with self._lock:
+            if not (self._ring or self._unsure or self._lost or self._urgent or self._call):
+                while not (self._dirty or self._stop):
+                    self._lock.wait(60)
+            self._dirty = False
         now = time.monotonic()
-        waiting = bool(self._ring or self._unsure or self._lost or self._urgent or self._call)
-        seconds = 60.0 if not waiting else max(0.0, min(0.5, self._sync_at - now)) if not self._call else 0.5
+        seconds = ACTIVE if self._call else max(0.0, min(ACTIVE, self._sync_at - now))
+        poll = select.poll()
         for sp, write in ((self._pub, bool(self._unsent)), (self._req, self._call is not None and self._call.at < len(self._call.frame))):
             if sp.sock is None:
-                if waiting:
-                    seconds = min(seconds, max(0.005, sp._retry_at - now))
+                seconds = min(seconds, max(0.001, sp._retry_at - now))
             else:
-                poll.register(sp.sock, (select.POLLOUT if not sp.open and sp._sent < 8 or sp.open and write else 0) | select.POLLIN)
-        poll.poll(0 if busy else max(seconds, 0.001) * 1000)
-        try:
-            self._wake_r.recv(4096)
-        except OSError:
-            pass
+                poll.register(sp.sock, (select.POLLOUT if (sp._sent < 8 if not sp.open else write) else 0) | select.POLLIN)
+        poll.poll(max(seconds, 0.001) * 1000)
 
     def _step(self) -> bool:
         """One round of everything under way; whether there is more to do at once."""
