@@ -156,7 +156,7 @@ def _texts() -> list[str]:
 
     import fuzz_tokenizers
 
-    return fuzz_tokenizers.strings(random.Random(11), 3000, ["<s>", "</s>", "<|endoftext|>", "<|im_end|>", "<bos>", "<think>"])
+    return fuzz_tokenizers.strings(random.Random(11), 1500, ["<s>", "</s>", "<|endoftext|>", "<|im_end|>", "<bos>", "<think>"])
 
 
 def _same_ids(wanted: dict, folder) -> None:
@@ -181,7 +181,7 @@ def _vocabulary_file(path, architecture: str, document: dict, kind: str, pre: st
 
     model = _model("gpt2" if architecture == "gptneox" else architecture)
     size = 1 + max(max(document["model"]["vocab"].values()), max((a["id"] for a in document["added_tokens"]), default=0))
-    model.resize_token_embeddings(size)
+    model.resize_token_embeddings(size, mean_resizing=False)
     if architecture == "gptneox":
         architecture = "gpt2"
     with torch.no_grad():
