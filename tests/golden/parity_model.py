@@ -57,8 +57,19 @@ def make_case(args, layers: list[int]) -> Path:
     (out / "catalogue.jsonl").write_text("")
     make_cases.write_config(out, spec)
     make_cases.write_saes(out, spec, 135)
+    for sae in spec["saes"]:
+        strengthen(out / "saes" / sae["id"] / "sae_weights.safetensors", args.strength)
     make_cases.write_catalogue(out, spec, random.Random(135))
     return out
+
+
+def strengthen(weights: Path, factor: float) -> None:
+    """Longer decoder rows: what a few features of a seeded SAE hold of a residual stream is little, and its removal hard to see."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(weights)
+    tensors["W_dec"] = tensors["W_dec"] * factor
+    save_file(tensors, weights)
 
 
 def set_dtype(folder: Path, dtype: str) -> None:
@@ -104,6 +115,7 @@ def main() -> int:
     p.add_argument("--tokens", type=int, default=512)
     p.add_argument("--rollouts", type=int, default=8)
     p.add_argument("--layers", default="9,20")
+    p.add_argument("--strength", type=float, default=20.0, help="factor on the seeded decoders")
     p.add_argument("--only", choices=("f32", "bf16"))
     a = p.parse_args()
 
