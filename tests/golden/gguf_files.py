@@ -83,6 +83,8 @@ def _keys(writer, architecture: str, config) -> None:
     if architecture == "llama":
         writer.add_rope_dimension_count(config.head_dim)
         writer.add_vocab_size(config.vocab_size)
+        if getattr(config, "sliding_window", None):
+            writer.add_sliding_window(config.sliding_window)
     if rope.get("rope_type") == "linear":
         import gguf
 

@@ -20,6 +20,7 @@ MODELS = {  # name: GGUF architecture, class of transformers, configuration
     "llama-3.1": ("llama", "Llama", {**GROUPED, "rope_parameters": LLAMA3}),
     "llama-linear": ("llama", "Llama", {**GROUPED, "tie_word_embeddings": True,
                                         "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "mistral": ("llama", "Mistral", {**GROUPED, "sliding_window": 9, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
     "qwen2": ("qwen2", "Qwen2", {**GROUPED, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen3": ("qwen3", "Qwen3", {**GROUPED, "head_dim": 96, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "gemma2": ("gemma2", "Gemma2", {**GROUPED, "query_pre_attn_scalar": 64, "sliding_window": 9, "attn_logit_softcapping": 30.0,

@@ -1,6 +1,6 @@
 """deploy/smollm2/make.py from end to end on a small model of the same kind: GGUF in, a reward model out that the daemon checks and judges.
 
-The real package is 98 MB and is not fetched here; docs/compatibility.md has the figures of the real run."""
+The real package is 98 MB and is not fetched here; docs/checkpoints.md has the figures of the real run."""
 
 import gzip
 import json
