@@ -69,6 +69,7 @@ def every_hook(layer, parallel=False):
 def tiny(family, head, **more):
     """A small model with another trainer's head, one SAE in the middle and one at the end."""
     sizes = {"gptj": lambda **k: gptj(48, 3, 4, 4, **k), "neox": lambda **k: neox(48, 3, 4, 120, 0.5, **k)}
+    sizes["gpt2"], sizes["gemma2"] = lambda **k: gpt2(48, 3, 4, **k), lambda **k: gemma2(48, 3, 4, 2, 16, 100, **k)
     model = sizes.get(family, lambda **k: llama(48, 3, 4, 2, 16, 100, **k))
     end = more.pop("end", lens("end", "jumprelu", "blocks.2.hook_resid_post", m=160, l0=16))
     return {"family": family, "head": head, "model": model(**more.pop("model", {})), "rules": RULES, "sizes": [1, 4, 3],
@@ -196,6 +197,9 @@ CASES = {
     "head-mean-all": tiny("neox", "openassistant", attribution={"scope": "all"}, model={"use_parallel_residual": False}),
     "head-mean-bf16": tiny("neox", "openassistant", dtype="bf16"),
     "head-non-pad": tiny("llama", "score", pooling="last_non_pad", append_eos=True, model={"pad_token_id": 1}),
+    "template-llama3.1": tiny("llama", None, template="llama3.1", messages=True, append_eos=True, tokens=True),
+    "template-gemma": tiny("gemma2", None, template="gemma", end=lens("end", "standard", "blocks.2.hook_mlp_out", m=160, l0=16)),
+    "template-zephyr": tiny("gpt2", None, template="zephyr", messages=True, append_eos=True),
     "small-gptj": {
         "family": "gptj", "model": gptj(40, 3, 5, 4), "vocab": 420, "template": "hh", "rules": RULES, "tokens": True,
         "sizes": [1, 4, 3, 3], "attribution": {"method": "ig", "completeness": True, "ig_steps": 3, "top": 8}, "each": True,
@@ -236,22 +240,25 @@ def write_tokenizer(folder: Path, spec: dict, seed: int):
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     bos = "<|endoftext|>" if kind == "gpt2" else "<|begin_of_text|>"
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos, "tokenizer_class": "TokenizersBackend"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos, "eos_token": "<|endoftext|>" if kind == "gpt2" else "<|eot_id|>",
+                                                             "tokenizer_class": "TokenizersBackend"}))
     return tokenizer, bos
 
 
-def make_case(out: Path, name: str) -> Path:
-    """Writes one case and returns its folder. Deterministic: the seed comes from the name."""
+def make_case(out: Path, name: str, spec: dict | None = None) -> Path:
+    """Writes one case (of the list, or as given) and returns its folder. Deterministic: the seed comes from the name."""
     import torch
-    from cases.rollouts import make_rollouts
+    from cases.rollouts import as_messages, make_rollouts
     from cases.weights import make_model, spelled_as_v4
 
-    spec, folder, seed = CASES[name], out / name, sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**31
+    spec, folder, seed = spec or CASES[name], out / name, sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**31
     shutil.rmtree(folder, ignore_errors=True)
     tokenizer, bos = write_tokenizer(folder / "model", spec, seed)
     rng = random.Random(seed)
     vocab = tokenizer.get_vocab_size()
-    rows = make_rollouts(rng, spec.get("sizes", [1, 8, 3, 2, 5]), vocab, spec.get("longest", 30), bos)
+    rows = make_rollouts(rng, spec.get("sizes", [1, 8, 3, 2, 5]), vocab, spec.get("longest", 30), bos, spec.get("awkward", True))
+    if spec.get("messages"):
+        as_messages(rng, rows)
     (folder / "rollouts.jsonl").write_text("".join(json.dumps(r, ensure_ascii=rng.random() < 0.5) + "\n" for r in rows))
     probes = [[rng.randrange(vocab) for _ in range(rng.randint(5, 60))] for _ in range(40)]
     dtype = torch.bfloat16 if spec.get("weights", spec.get("dtype")) == "bf16" else torch.float32
@@ -284,7 +291,7 @@ def sequences(folder: Path):
     config = read_config(folder / "config.yaml")
     raw = read_raw(folder / "model")
     encoder = Encoder(Tokenizer.from_file(str(folder / "model/tokenizer.json")), raw,
-                      {**config.model, "pooling": config.model["pooling"] or raw.get("pooling")})
+                      {**config.model, "pooling": config.model["pooling"] or raw.get("pooling")}, folder / "model")
     found = []
     for line in read_lines((folder / "rollouts.jsonl").read_bytes()):
         try:
@@ -325,13 +332,17 @@ def distinct(x):
 
 
 def write_saes(folder: Path, spec: dict, seed: int) -> None:
-    from cases.weights import Fit, make_dict, make_lens
+    from cases.weights import Fit, make_dict, make_gemma_scope, make_lens, make_sparsify
 
     x = activations(folder, [s["hook"] for s in spec["saes"]])
     for n, sae in enumerate(spec["saes"]):
         path, here = folder / "saes" / sae["id"], x[sae["hook"]]
+        if sae["kind"] in ("sparsify", "gemma_scope"):
+            fit = Fit(here, sae["m"], sae["l0"], seed + n, subtract=sae["kind"] == "sparsify")
+            make_sparsify(path, fit, int(sae["l0"])) if sae["kind"] == "sparsify" else make_gemma_scope(path, fit)
+            continue
         if sae["kind"] == "dict":
-            fit = Fit(here, sae["m"], sae["l0"], seed + n, subtract=True)
+            fit = Fit(here, sae["m"], sae["l0"], seed + n, subtract=sae["arch"] != "JumpReluAutoEncoder")
             make_dict(path, sae["arch"], fit, int(sae["hook"].split(".")[1]), int(sae["l0"]), sae.get("pickle", True))
             continue
         norm = sae["cfg"].get("normalize_activations", "none")
@@ -360,16 +371,16 @@ def write_catalogue(folder: Path, spec: dict, rng: random.Random) -> None:
         some = [i for i in range(sae["m"]) if 0.15 < share[i] < 0.75]
         rare = [i for i in range(sae["m"]) if 0 < share[i] <= 0.15]
         rng.shuffle(some)
-        rows += _catalogue_rows(sae["id"], some, rare, peaks)
+        rows += _catalogue_rows(sae["id"], some, rare, peaks, spec.get("catalogued", 12))
     rng.shuffle(rows)
     (folder / "catalogue.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
-def _catalogue_rows(sae: str, some: list[int], rare: list[int], peaks) -> list[dict]:
+def _catalogue_rows(sae: str, some: list[int], rare: list[int], peaks, length: int) -> list[dict]:
     plan = [(["thanks"], "spurious", "both"), (["url"], "spurious", "both"), (["thanks"], "spurious", None),
             (["url"], "spurious", None), (["url", "thanks"], "spurious", None), (["url"], "spurious", "detect"),
             (["thanks"], "spurious", "debias"), (["url"], "unknown", None), (["thanks"], "intended", None),
-            ([], "spurious", None), (["thanks"], "spurious", None), (["url"], "spurious", None)]
+            ([], "spurious", None), (["thanks"], "spurious", None), (["url"], "spurious", None)][:length]
     if len(some) < len(plan):
         raise ValueError(f"SAE {sae}: expected {len(plan)} features that fire in some rollouts, found {len(some)}")
     rows = []

@@ -11,9 +11,8 @@ def _normal(g: torch.Generator, *shape) -> torch.Tensor:
     return torch.randn(*shape, generator=g) * (1.2 / shape[-1] ** 0.5 if len(shape) > 1 else 0.3)
 
 
-def _wrap(tensors: dict, prefix: str, wrapped: str) -> dict:
-    """Base tensors from under one prefix to another."""
-    return {(wrapped + k[len(prefix):] if k.startswith(prefix) else k): v for k, v in tensors.items()}
+def _embedding(tensors: dict) -> str:
+    return next(k for k in tensors if k.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight")))
 
 
 def _openrlhf(t, c, g, d):
@@ -38,13 +37,13 @@ def _trlx(t, c, g, d):
 
 def _trl(t, c, g, d):
     c["architectures"] = ["LlamaForCausalLM"]
-    lm_head = {"lm_head.weight": t["model.embed_tokens.weight"].clone()}
+    lm_head = {"lm_head.weight": t[_embedding(t)].clone()}
     return t | lm_head | {"v_head.summary.weight": _normal(g, 1, d), "v_head.summary.bias": _normal(g, 1)}
 
 
 def _grm(t, c, g, d):
     c.update(architectures=["GRewardModel"], vhead_layer_type="mlp", vhead_num_neurons=40, vhead_num_layers=2)
-    out = _wrap(t, "model.", "model.model.")
+    out = {f"model.{k}": v for k, v in t.items()}
     for n, (rows, columns) in enumerate([(40, d), (40, 40), (1, 40)]):
         out |= {f"v_head.summary.{2 * n}.weight": _normal(g, rows, columns), f"v_head.summary.{2 * n}.bias": _normal(g, rows)}
     return out
@@ -62,7 +61,9 @@ def _ultrarm(t, c, g, d):
 
 
 def _openassistant(t, c, g, d):
-    c.update(architectures=["GPTNeoXRewardModel"], model_type="gpt_neox_reward_model", pooling="mean")
+    if c["model_type"] == "gpt_neox":
+        c["model_type"] = "gpt_neox_reward_model"
+    c.update(architectures=["GPTNeoXRewardModel"], pooling="mean")
     return t | {"out_proj.weight": _normal(g, 1, d), "out_proj.bias": _normal(g, 1)}
 
 

@@ -5,7 +5,8 @@ import random
 from .words import EXTRAS, text
 
 
-def make_rollouts(rng: random.Random, sizes: list[int], vocab: int, longest: int, bos: str | None) -> list[dict]:
+def make_rollouts(rng: random.Random, sizes: list[int], vocab: int, longest: int, bos: str | None,
+                  with_awkward: bool = True) -> list[dict]:
     """Groups of the given sizes, completions of 1 to `longest` words; the last group speaks in ids."""
     rows = []
     for g, size in enumerate(sizes):
@@ -22,7 +23,7 @@ def make_rollouts(rng: random.Random, sizes: list[int], vocab: int, longest: int
             if i % 3 == 1:
                 row |= {"trainer_reward": rng.gauss(0, 2), "tags": {"env": "zoo"}}
             rows.append(row)
-    return rows + awkward(rng, bos)
+    return rows + (awkward(rng, bos) if with_awkward else [])
 
 
 def awkward(rng: random.Random, bos: str | None) -> list[dict]:
@@ -54,3 +55,14 @@ def awkward(rng: random.Random, bos: str | None) -> list[dict]:
     add("again", "attempts", " one word", attempt=0)
     rows.append(rows[-1] | {"attempt": 1})
     return rows
+
+
+def as_messages(rng: random.Random, rows: list[dict]) -> None:
+    """Some of the rollouts that speak in texts speak in messages instead, with and without a history."""
+    for row in rows:
+        if "prompt" not in row or rng.random() < 0.4:
+            continue
+        before = [{"role": "system", "content": text(rng, 3)}] if rng.random() < 0.3 else []
+        if rng.random() < 0.4:
+            before += [{"role": "user", "content": text(rng, 4)}, {"role": "assistant", "content": " " + text(rng, 3)}]
+        row["messages"] = before + [{"role": "user", "content": row.pop("prompt")}, {"role": "assistant", "content": row.pop("completion")}]

@@ -133,11 +133,19 @@ def make_lens(path: Path, arch: str, fit: Fit, hook: str, cfg: dict) -> None:
         tensors["b_gate"], tensors["r_mag"] = -q, 0.2 * fit.randn(fit.m)
         tensors["b_mag"] = 0.3 * spread * fit.randn(fit.m)
         f = (fit.pre > q) * torch.relu(fit.pre * tensors["r_mag"].exp() + tensors["b_mag"])
+    elif arch in ("batchtopk", "matryoshka_batchtopk"):
+        tensors["b_enc"] = 0.1 * spread * fit.randn(fit.m)
+        tensors["topk_threshold"] = _threshold(torch.relu(fit.pre + tensors["b_enc"]), int(fit.l0)).double()
+        p = fit.pre + tensors["b_enc"]
+        f = torch.relu(p) * (p > tensors["topk_threshold"])
     else:
         tensors["b_enc"] = 0.1 * spread * fit.randn(fit.m)
         top = (fit.pre + tensors["b_enc"]).topk(config["k"], dim=-1)
         f = torch.zeros_like(fit.pre).scatter_(-1, top.indices, top.values.relu())
     tensors["W_dec"] = fit.scaled_dec(f)
+    if arch in ("batchtopk", "matryoshka_batchtopk"):
+        _save_batchtopk(path, arch, tensors, fit, config)
+        return
     sae = SAE.from_dict(config)
     sae.load_state_dict({k: v.contiguous() for k, v in tensors.items()}, strict=True)
     if config["dtype"] != "float32":
@@ -145,33 +153,103 @@ def make_lens(path: Path, arch: str, fit: Fit, hook: str, cfg: dict) -> None:
     sae.save_model(path)
 
 
-def make_dict(path: Path, name: str, fit: Fit, layer: int, k: int, keep_pickle: bool) -> None:
-    """dictionary_learning: GatedAutoEncoder or BatchTopKSAE, as ae.pt (kept if asked for) and as ae.safetensors."""
-    from dictionary_learning.dictionary import GatedAutoEncoder
-    from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
+def _save_batchtopk(path: Path, arch: str, tensors: dict, fit: Fit, config: dict) -> None:
+    """Trained with a batch's top k, exported by the library for inference (a JumpReLU with one threshold)."""
+    import sae_lens
 
-    spread, d = fit.pre.std(), fit.x.shape[1]
+    kind, more = ("BatchTopK", {}) if arch == "batchtopk" else ("MatryoshkaBatchTopK", {"matryoshka_widths": [fit.m // 3, fit.m]})
+    cfg = getattr(sae_lens, f"{kind}TrainingSAEConfig")(d_in=fit.x.shape[1], d_sae=fit.m, k=float(fit.l0), rescale_acts_by_decoder_norm=False,
+                                                        **more)
+    cfg.metadata.__dict__.update(config["metadata"])
+    sae = getattr(sae_lens, f"{kind}TrainingSAE")(cfg)
+    sae.topk_threshold = tensors.pop("topk_threshold")
+    for name, value in tensors.items():
+        getattr(sae, name).data = value.contiguous()
+    sae.save_inference_model(path)
+
+
+def _threshold(p: torch.Tensor, k: int) -> torch.Tensor:
+    """A value in a wide gap that about k of a row's pre-activations p (n, m) pass on average."""
+    wanted = p.shape[0] * (p.shape[1] - k)
+    return _middle_of_widest_gap(p.flatten().sort().values[None, wanted - 50 : wanted + 50]).reshape(())
+
+
+def _dict_state(name: str, fit: Fit, k: int) -> tuple[dict, torch.Tensor]:
+    """A class's parameters but for its matrices, and the features they give."""
+    spread = fit.pre.std()
     if name == "GatedAutoEncoder":
-        sae, q = GatedAutoEncoder(d, fit.m), fit.quantile()
-        state = {"gate_bias": -q, "r_mag": 0.2 * fit.randn(fit.m), "mag_bias": 0.3 * spread * fit.randn(fit.m),
-                 "decoder_bias": fit.b_dec}
-        f = (fit.pre > q) * torch.relu(fit.pre * state["r_mag"].exp() + state["mag_bias"])
+        q = fit.quantile()
+        state = {"gate_bias": -q, "r_mag": 0.2 * fit.randn(fit.m), "mag_bias": 0.3 * spread * fit.randn(fit.m), "decoder_bias": fit.b_dec}
+        return state, (fit.pre > q) * torch.relu(fit.pre * state["r_mag"].exp() + state["mag_bias"])
+    if name == "AutoEncoder":
+        q = fit.quantile()
+        return {"bias": fit.b_dec, "encoder.bias": -q}, torch.relu(fit.pre - q)
+    bias = 0.1 * spread * fit.randn(fit.m)
+    p = fit.pre + bias
+    if name == "JumpReluAutoEncoder":
+        threshold = (fit.quantile() + bias).clamp_min(0.05 * float(spread))
+        return {"b_enc": bias, "b_dec": fit.b_dec, "threshold": threshold}, torch.relu(p) * (p > threshold)
+    if name == "AutoEncoderTopK":
+        top = torch.relu(p).topk(k, dim=-1)
+        state = {"encoder.bias": bias, "b_dec": fit.b_dec, "threshold": torch.tensor(-1.0), "k": torch.tensor(k, dtype=torch.int)}
+        return state, torch.zeros_like(p).scatter_(-1, top.indices, top.values)
+    threshold = _threshold(torch.relu(p), k)
+    state = {"b_dec": fit.b_dec, "threshold": threshold, "k": torch.tensor(k, dtype=torch.int)}
+    state["b_enc" if name.startswith("Matryoshka") else "encoder.bias"] = bias
+    return state, torch.relu(p) * (torch.relu(p) > threshold)
+
+
+def _dict_class(name: str, d: int, m: int, k: int):
+    from dictionary_learning import dictionary
+    from dictionary_learning.trainers import batch_top_k, matryoshka_batch_top_k, top_k
+
+    if name == "MatryoshkaBatchTopKSAE":
+        return matryoshka_batch_top_k.MatryoshkaBatchTopKSAE(d, m, k, [m // 3, m - m // 3])
+    if name in ("BatchTopKSAE", "AutoEncoderTopK"):
+        return getattr(batch_top_k if name == "BatchTopKSAE" else top_k, name)(d, m, k)
+    return getattr(dictionary, name)(d, m)
+
+
+def make_dict(path: Path, name: str, fit: Fit, layer: int, k: int, keep_pickle: bool) -> None:
+    """A class of dictionary_learning, as ae.pt (kept if asked for) and as ae.safetensors."""
+    d = fit.x.shape[1]
+    sae = _dict_class(name, d, fit.m, k)
+    state, f = _dict_state(name, fit, k)
+    if hasattr(sae, "W_enc"):
+        state |= {"W_enc": fit.enc.T, "W_dec": fit.scaled_dec(f)}
     else:
-        sae, bias = BatchTopKSAE(d, fit.m, k), 0.1 * spread * fit.randn(fit.m)
-        p = torch.relu(fit.pre + bias)
-        wanted = p.shape[0] * (p.shape[1] - k)
-        threshold = _middle_of_widest_gap(p.flatten().sort().values[None, wanted - 50 : wanted + 50])
-        state = {"encoder.bias": bias, "b_dec": fit.b_dec, "threshold": threshold.reshape(()),
-                 "k": torch.tensor(k, dtype=torch.int)}
-        f = p * (p > threshold)
-    state |= {"encoder.weight": fit.enc, "decoder.weight": fit.scaled_dec(f).T}
-    sae.load_state_dict(state)
+        state |= {"encoder.weight": fit.enc, "decoder.weight": fit.scaled_dec(f).T}
+    sae.load_state_dict({**sae.state_dict(), **state})
     path.mkdir(parents=True)
     if keep_pickle:
         torch.save(sae.state_dict(), path / "ae.pt")
     save_file({key: v.contiguous() for key, v in sae.state_dict().items()}, path / "ae.safetensors")
     trainer = {"dict_class": name, "trainer_class": name, "activation_dim": d, "dict_size": fit.m, "layer": layer,
                "lm_name": "zoo", "submodule_name": f"resid_post_layer_{layer}"}
-    if name != "GatedAutoEncoder":
+    if "k" in state:
         trainer["k"] = k
     (path / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {"ctx_len": 128}}, indent=4))
+
+
+def make_sparsify(path: Path, fit: Fit, k: int) -> None:
+    """EleutherAI sparsify has no package here: its files, by hand."""
+    bias = 0.1 * fit.pre.std() * fit.randn(fit.m)
+    top = torch.relu(fit.pre + bias).topk(k, dim=-1)
+    f = torch.zeros_like(fit.pre).scatter_(-1, top.indices, top.values)
+    path.mkdir(parents=True)
+    save_file({"encoder.weight": fit.enc.contiguous(), "encoder.bias": bias, "W_dec": fit.scaled_dec(f).contiguous(), "b_dec": fit.b_dec},
+              path / "sae.safetensors")
+    (path / "cfg.json").write_text(json.dumps({"num_latents": fit.m, "expansion_factor": 0, "k": k, "d_in": fit.x.shape[1], "activation": "topk"}))
+
+
+def make_gemma_scope(path: Path, fit: Fit) -> None:
+    """Gemma Scope's params.npz: a JumpReLU without subtraction."""
+    import numpy as np
+
+    q, spread = fit.quantile(), fit.pre.std()
+    bias = 0.1 * spread * fit.randn(fit.m)
+    threshold = (q + bias).clamp_min(0.05 * float(spread))
+    p = fit.pre + bias
+    path.mkdir(parents=True)
+    np.savez(path / "params.npz", W_enc=fit.enc.T.numpy(), b_enc=bias.numpy(), threshold=threshold.numpy(),
+             W_dec=fit.scaled_dec(torch.relu(p) * (p > threshold)).numpy(), b_dec=fit.b_dec.numpy())

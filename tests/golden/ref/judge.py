@@ -37,7 +37,7 @@ class Judge:
         self.tool = Instrument(config, dtype)
         folder = config.folder / config.model["path"]
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.encoder = Encoder(tokenizer, self.tool.model.config.to_dict(), {**config.model, "pooling": self.tool.model.head.pooling})
+        self.encoder = Encoder(tokenizer, self.tool.model.config.to_dict(), {**config.model, "pooling": self.tool.model.head.pooling}, folder)
         self.debias = spurious(config.catalogue, DEBIAS)
         self.family_sets = {}
         for feature in config.catalogue.values():

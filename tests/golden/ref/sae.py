@@ -106,6 +106,22 @@ class SparsifySae:
         return Reading(f=f, scale=torch.ones(x.shape[0], 1), bias=bias, x_hat=f @ self.rows + self.b_dec)
 
 
+class GemmaScopeSae:
+    """Gemma Scope's params.npz, by its formula: f = relu(p) 1[p > threshold], p = x W_enc + b_enc."""
+
+    def __init__(self, path: Path):
+        import numpy as np
+
+        state = {k: torch.from_numpy(v).float() for k, v in np.load(path / "params.npz").items()}
+        self.enc, self.enc_bias, self.threshold = state["W_enc"], state["b_enc"], state["threshold"]
+        self.rows, self.b_dec, self.hook = state["W_dec"], state["b_dec"], None
+
+    def read(self, x: torch.Tensor) -> Reading:
+        p = x @ self.enc + self.enc_bias
+        f = torch.relu(p) * (p > self.threshold)
+        return Reading(f=f, scale=torch.ones(x.shape[0], 1), bias=self.b_dec.expand_as(x), x_hat=f @ self.rows + self.b_dec)
+
+
 def open_sae(path: Path, given_format: str | None):
     """The reader for a directory, by the given format or by what stands in it."""
     cfg = path / "cfg.json"
@@ -113,6 +129,8 @@ def open_sae(path: Path, given_format: str | None):
         return SparsifySae(path)
     if given_format == "saelens" or (given_format is None and cfg.exists()):
         return LensSae(path)
+    if given_format == "gemma_scope" or (given_format is None and (path / "params.npz").exists()):
+        return GemmaScopeSae(path)
     if given_format in (None, "dictionary_learning"):
         return DictSae(path)
     raise ValueError(f"format: expected saelens, dictionary_learning or sparsify, found {given_format}")

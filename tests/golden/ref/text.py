@@ -2,9 +2,12 @@
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer
 
+from .chat import jinja_of, render, specials
 from .heads import scored_position
 
 
@@ -80,6 +83,10 @@ def identity(row: dict) -> tuple:
 def check_fields(row: dict, vocab_rows: int) -> None:
     """Types of the rollout's contents; raises Refused."""
     given = sorted(n for n in ("prompt", "completion", "prompt_ids", "completion_ids") if row.get(n) is not None)
+    if row.get("messages") is not None:
+        if given or not isinstance(row["messages"], list):
+            raise invalid(f"expected a list of messages and nothing beside it, found {given}")
+        return
     if given not in (["completion", "prompt"], ["completion_ids", "prompt_ids"]):
         raise invalid(f"expected prompt and completion, or prompt_ids and completion_ids; found {given}")
     for name in given:
@@ -116,7 +123,11 @@ def apply_template(name: str, prompt: str, completion: str) -> tuple[str, str]:
 class Encoder:
     """Texts or ids of a rollout to a Sequence."""
 
-    def __init__(self, tokenizer: Tokenizer, model_config: dict, options: dict):
+    def __init__(self, tokenizer: Tokenizer, model_config: dict, options: dict, folder: Path):
+        """folder: of the checkpoint, for its special tokens' texts."""
+        self.chat = None
+        if options["template"] not in ("none", "hh"):
+            self.chat = (jinja_of(options["template"]), specials(folder))
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.tokenizer = tokenizer
@@ -144,8 +155,16 @@ class Encoder:
         return int(self.bos_id is not None and ids[:1] == [self.bos_id])
 
     def _from_texts(self, row: dict) -> Sequence:
-        prompt, completion = apply_template(self.options["template"], row["prompt"], row["completion"])
         warnings, specials = set(), list(self.specials)
+        if self.chat:
+            pair = [{"role": "user", "content": row.get("prompt")}, {"role": "assistant", "content": row.get("completion")}]
+            try:
+                prompt, completion = render(self.chat[0], row.get("messages") or pair, self.chat[1])
+            except TemplateError as refused:
+                raise invalid(f"messages: expected what the template takes, found {refused}") from refused
+            warnings |= {"date_fixed"} if self.options["template"] == "llama3.1" else set()
+        else:
+            prompt, completion = apply_template(self.options["template"], row["prompt"], row["completion"])
         if self.bos_text and prompt.startswith(self.bos_text):
             warnings.add("bos_once")
             specials = [i for i in specials if i != self.bos_id]
@@ -157,6 +176,8 @@ class Encoder:
             warnings.add("boundary")
         if start >= len(both):
             raise invalid("completion: expected at least one token, found none")
+        if self.chat and self.options["append_eos"] and both[-1] in self.eos_ids:
+            warnings.add("eos_doubled")
         ids = specials + both + ([self.eos_id] if self.options["append_eos"] else [])
         return Sequence(ids=ids, start=len(specials) + start, lead=self._lead(ids), warnings=warnings)
 
