@@ -115,6 +115,15 @@ static void test_codec_rollout_comes_back(void **state)
     assert_int_equal(out.group_size, 8);
     assert_int_equal(out.text_form, SPURION_FORM_VERBATIM);
     assert_true(out.has_trainer_reward && signbit(out.trainer_reward));
+    r = a_rollout();
+    r.prompt = r.completion = (spurion_bytes){NULL, 0};
+    r.messages = spurion_bytes_of("[{\"role\":\"user\"}]");
+    assert_ok(spurion_codec_encode_rollout(&wire, &f->m, &r));
+    assert_ok(spurion_codec_decode_rollout(&out, &f->m, wire));
+    assert_bytes(out.messages, "[{\"role\":\"user\"}]");
+    assert_null(out.completion.data);
+    r.messages = spurion_bytes_of("{}");
+    assert_int_equal(spurion_codec_encode_rollout(&wire, &f->m, &r).code, SPURION_INVALID_ARGUMENT);
 }
 
 static void test_codec_ids_come_back(void **state)

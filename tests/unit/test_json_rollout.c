@@ -99,6 +99,9 @@ static void test_json_rollout_reads_every_field(void **state)
     assert_null(r->prompt.data);
     assert_false(r->has_trainer_reward);
     assert_null(r->tags.data);
+    read_line(f, "{" NAMES ",\"messages\":[{\"role\":\"user\", \"content\":\"a\"}, 1],\"prompt\":null}");
+    assert_int_equal(f->kind, SPURION_LINE_ROLLOUT);
+    assert_string_equal(r->messages.data, "[{\"role\":\"user\", \"content\":\"a\"}, 1]");
 }
 
 static void test_json_rollout_last_of_equal_members_counts(void **state)
@@ -118,6 +121,8 @@ static void test_json_rollout_refuses_wrong_fields_by_name(void **state)
     refused(f, "{" NAMES ",\"prompt\":\"a\",\"completion\":[\"c\"]}", "completion: expected a text, found an array");
     refused(f, "{" NAMES ",\"prompt\":\"a\"}", "found prompt");
     refused(f, "{" NAMES "}", "found none");
+    refused(f, "{" NAMES ",\"messages\":{}}", "messages: expected an array of {\"role\", \"content\"}, found an object");
+    refused(f, "{" NAMES "," TEXTS ",\"messages\":[]}", "found messages and others");
     refused(f, "{" NAMES "," TEXTS ",\"prompt_ids\":[1]}", "found prompt completion prompt_ids");
     refused(f, "{" NAMES ",\"prompt\":\"a\",\"completion_ids\":[1]}", "found prompt completion_ids");
     refused(f, "{" NAMES ",\"completion_ids\":[1]}", "found completion_ids");

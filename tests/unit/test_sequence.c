@@ -258,6 +258,61 @@ static void test_sequence_ids_are_the_whole_sequence(void **state)
     expect(f, "4 5 | 6 1 ", SPURION_WARN_PAD_SCORED);
 }
 
+static void test_sequence_pooling_chooses_the_position(void **state)
+{
+    fixture *f = *state;
+    static const int32_t prompt[] = {1, 4}, completion[] = {5, 1, 6, 2, 2}, padding[] = {2, 2};
+
+    f->model.pad = 2;
+    make_ids(f, prompt, 2, completion, 5);
+    assert_int_equal(f->job.scored, 6);
+    assert_int_equal(f->job.verdict.warnings, SPURION_WARN_PAD_SCORED);
+    f->model.pooling = SPURION_POOL_LAST_NON_PAD;
+    make_ids(f, prompt, 2, completion, 5);
+    assert_true(f->job.scored == 4 && f->job.verdict.scored_position == 4 && f->job.verdict.warnings == 0);
+    make_ids(f, prompt, 2, padding, 2);
+    expect_refused(f, SPURION_INVALID_ARGUMENT, "expected a token other than pad_token_id (2), found none");
+    f->model.pooling = SPURION_POOL_FIRST_EOS; /* the prompt's own does not count */
+    make_ids(f, prompt, 2, completion, 5);
+    assert_true(f->job.scored == 3 && f->job.verdict.scored_position == 3);
+    make_ids(f, prompt, 2, padding, 2); /* none: the last */
+    assert_int_equal(f->job.scored, 3);
+    f->model.pooling = SPURION_POOL_MEAN;
+    make_ids(f, prompt, 2, completion, 5);
+    assert_true(f->job.scored == 6 && f->job.verdict.scored_position == -1);
+}
+
+static void make_messages(fixture *f, const char *messages)
+{
+    spurion_job_reset(&f->job);
+    f->job.rollout.messages = (spurion_bytes){messages, strlen(messages)};
+    spurion_sequence_make(&f->job, &f->rules);
+}
+
+static void test_sequence_messages_need_a_template(void **state)
+{
+    fixture *f = *state;
+    static const char pair[] = "[{\"role\":\"user\",\"content\":\"ab\"},{\"role\":\"assistant\",\"content\":\"c\"}]";
+    int32_t plain[64], count;
+
+    make_messages(f, pair);
+    expect_refused(f, SPURION_INVALID_ARGUMENT, "expected prompt and completion with model.template none, found messages");
+    f->chat.kind = SPURION_TEMPLATE_HH;
+    make_texts(f, "ab", "c");
+    count = f->job.token_count;
+    memcpy(plain, f->job.ids, (size_t)count * sizeof *plain);
+    make_messages(f, pair);
+    assert_int_equal(f->job.token_count, count);
+    assert_memory_equal(f->job.ids, plain, (size_t)count * sizeof *plain);
+    make_messages(f, "[{\"role\":\"user\",\"content\":\"ab\"},{\"role\":\"assistant\",\"content\":\"\"}]");
+    expect_refused(f, SPURION_INVALID_ARGUMENT, "completion: expected a text, found an empty one");
+    make_messages(f, "[{\"role\":\"user\",\"content\":\"ab\"}]");
+    expect_refused(f, SPURION_INVALID_ARGUMENT, "expected 2 to 4096 messages, found 1");
+    f->chat.kind = SPURION_TEMPLATE_GEMMA;
+    make_messages(f, "[{\"role\":\"assistant\",\"content\":\"a\"},{\"role\":\"assistant\",\"content\":\"b\"}]");
+    expect_refused(f, SPURION_INVALID_ARGUMENT, "message 0: template gemma: expected user (they take turns), found assistant");
+}
+
 static void test_sequence_too_long_is_refused_or_loses_oldest_prompt(void **state)
 {
     fixture *f = *state;
@@ -319,6 +374,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_sequence_forms_say_what_is_added, setup, teardown),
         cmocka_unit_test_setup_teardown(test_sequence_hh_template, setup, teardown),
         cmocka_unit_test_setup_teardown(test_sequence_ids_are_the_whole_sequence, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_sequence_pooling_chooses_the_position, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_sequence_messages_need_a_template, setup, teardown),
         cmocka_unit_test_setup_teardown(test_sequence_too_long_is_refused_or_loses_oldest_prompt, setup, teardown),
         cmocka_unit_test_setup_teardown(test_sequence_refuses_bad_content, setup, teardown),
     };

@@ -143,6 +143,68 @@ static void test_weights_missing_head_says_what_is_there(void **state)
     bad(f, SPURION_INVALID_ARGUMENT, "found a language-model head only (lm_head)");
 }
 
+/* Heads of other trainers: found by their tensors, in one layer or several, in the model's file or beside it. */
+static void test_weights_heads_are_found_by_their_tensors(void **state)
+{
+    fixture *f = *state;
+    float x[8];
+
+    add_gptj(f);
+    bundle_add(&f->b, "v_head.summary.0.weight", 3, D, 50, 1);
+    bundle_add(&f->b, "v_head.summary.0.bias", 3, 0, 60, 1);
+    bundle_add(&f->b, "v_head.summary.2.weight", 2, 3, 70, 1);
+    bundle_write(&f->b, &f->p, "model.safetensors", 0);
+    good(f);
+    assert_true(f->c.head.hidden == 1 && f->c.head.width[0] == 3 && f->c.outputs == 2 && f->c.head.hidden_bias && !f->c.head.bias);
+    read_into(x, f, SPURION_ROLE_SCORE, 1, 6);
+    assert_true(x[5] == 75);
+    read_into(x, f, SPURION_ROLE_SCORE_B, 0, 3);
+    assert_true(x[2] == 62);
+    assert_false(spurion_weights_has(f->w, SPURION_ROLE_SCORE_B, 1));
+    spurion_weights_close(f->w);
+    f->w = NULL;
+    bundle_add(&f->b, "regression_head.weight", 1, D, 0, 1);
+    bundle_write(&f->b, &f->p, "model.safetensors", 0);
+    bad(f, SPURION_INVALID_ARGUMENT, "expected one score head, found v_head.summary and regression_head");
+    bundle_start(&f->b);
+    bundle_add(&f->b, "score.0.weight", 3, D, 50, 1);
+    bundle_add(&f->b, "score.2.weight", 1, 4, 50, 1);
+    bundle_write(&f->b, &f->p, "model.safetensors", 0);
+    bad(f, SPURION_INVALID_ARGUMENT, "score.2.weight: expected shape (1, 3) as config.json says, found (1, 4)");
+    bundle_start(&f->b);
+    bundle_add(&f->b, "regression_layer.weight", 19, D, 0, 1);
+    bundle_write(&f->b, &f->p, "model.safetensors", 0);
+    bad(f, SPURION_UNIMPLEMENTED, "expected linear layers, found a gated or quantile");
+}
+
+static void test_weights_head_in_a_file_beside(void **state)
+{
+    fixture *f = *state;
+    float x[D];
+
+    bundle_add(&f->b, "v_head.summary.weight", 1, D, 50, 1);
+    bundle_add(&f->b, "v_head.summary.bias", 1, 0, 9, 1);
+    bundle_write(&f->b, &f->p, "value_head.safetensors", 0);
+    bundle_start(&f->b);
+    add_gptj(f);
+    bundle_write(&f->b, &f->p, "model.safetensors", 0);
+    good(f);
+    read_into(x, f, SPURION_ROLE_SCORE, 0, D);
+    assert_true(x[7] == 57 && f->c.head.bias && strcmp(f->c.head.stem, "v_head.summary") == 0);
+}
+
+static void test_weights_named_head_must_be_there(void **state)
+{
+    fixture *f = *state;
+
+    add_gptj(f);
+    place_text(&f->p, "config.json", "{\"architectures\":[\"RewardModel\"],\"model_type\":\"gptj\",\"value_head_prefix\":\"rm_head\",\"n_embd\":8,"
+                                     "\"n_layer\":1,\"n_head\":2,\"n_positions\":16,\"vocab_size\":10,\"rotary_dim\":4,\"n_inner\":6}");
+    bundle_add(&f->b, "score.weight", 1, D, 50, 1);
+    bundle_write(&f->b, &f->p, "model.safetensors", 0);
+    bad(f, SPURION_INVALID_ARGUMENT, "expected the tensor rm_head.weight of shape (1, 8), found score");
+}
+
 static void test_weights_refuses_wrong_shapes_and_missing_tensors(void **state)
 {
     fixture *f = *state;
@@ -329,6 +391,9 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_weights_gptj_roles, setup, teardown),
         cmocka_unit_test_setup_teardown(test_weights_missing_head_says_what_is_there, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_weights_heads_are_found_by_their_tensors, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_weights_head_in_a_file_beside, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_weights_named_head_must_be_there, setup, teardown),
         cmocka_unit_test_setup_teardown(test_weights_refuses_wrong_shapes_and_missing_tensors, setup, teardown),
         cmocka_unit_test_setup_teardown(test_weights_refuses_values_that_are_not_finite, setup, teardown),
         cmocka_unit_test_setup_teardown(test_weights_refuses_truncated_files, setup, teardown),

@@ -1,0 +1,57 @@
+"""The parity matrix of docs/compatibility.md: its rows cover every pair, its tables are those of the script, and a part of it is judged live."""
+
+import functools
+import re
+
+import pytest
+from harness import ROOT, need_program, need_torch
+from matrix import FACTORS, NAMES, SAMPLE_BEGIN, SAMPLE_END, TOLERANCE, covering_rows, judge_row, pairs, pairs_of, sample
+
+LIVE = 14
+
+
+@functools.cache
+def rows() -> list[dict]:
+    return covering_rows()
+
+
+def documented() -> list[list[str]]:
+    """Cells of the table of rows in docs/compatibility.md."""
+    text = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8").split(SAMPLE_BEGIN)[1].split(SAMPLE_END)[0]
+    lines = [line for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_matrix_covers_every_pair():
+    left = pairs()
+    assert len(left) > 1500
+    for row in rows():
+        left -= pairs_of(row)
+    assert not left
+
+
+def test_matrix_table_lists_the_rows_within_tolerance():
+    table = documented()
+    assert [dict(zip(NAMES, cells[1 : 1 + len(NAMES)])) for cells in table] == rows()
+    for cells in table:
+        errors = cells[1 + len(NAMES) :]
+        assert len(errors) == 4 and errors[0] != "–", cells
+        assert (errors[2] == "–") == (cells[1 + NAMES.index("method")] == "none"), cells
+        assert all(e == "–" or float(e) <= TOLERANCE for e in errors), cells
+
+
+def test_matrix_sample_holds_every_value():
+    chosen = sample(rows(), LIVE)
+    assert len(chosen) == LIVE
+    assert {(n, rows()[i][n]) for i in chosen for n in NAMES} == {(n, v) for n in NAMES for v in FACTORS[n]}
+
+
+@pytest.mark.parametrize("place", range(LIVE))
+def test_matrix_row_live(place, tmp_path):
+    need_program("SPURIOND")
+    need_torch()
+    number = sample(rows(), LIVE)[place]
+    errors, problems = judge_row(rows()[number], number, tmp_path)
+    print(number, rows()[number], errors)
+    assert not problems, f"row {number} {rows()[number]}: {problems[:6]}"
+    assert errors["reward"] is not None and errors["activation"] is not None
