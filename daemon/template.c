@@ -76,8 +76,8 @@ static const struct {
 } known[] = {
     {"153280e3ff55d19da1398bdb3914ee2a51b80429bfaedde11d7d216c39db80f3", SPURION_TEMPLATE_CHATML}, /* chatml.jinja */
     {"ecd6ae513fe103f0eb62e8ab5bfa8d0fe45c1074fa398b089c93a7e70c15cfd6", SPURION_TEMPLATE_GEMMA}, /* gemma.jinja */
-    {"6e0309fd1385edca59c2528a3cef44e4f6e130a3b6beec37969e1865422d9b01", SPURION_TEMPLATE_LLAMA3_1}, /* llama3.1-today.jinja */
-    {"41c440066b5c2dd303fa525eb4cb5c4faa640a01f4788213dc7e8e19eb2e6963", SPURION_TEMPLATE_LLAMA3_1}, /* llama3.1.jinja */
+    {"e10ca381b1ccc5cf9db52e371f3b6651576caee0a630b452e2816b2d404d4b65", SPURION_TEMPLATE_LLAMA3_1}, /* llama3.1.jinja */
+    {"5816fce10444e03c2e9ee1ef8a4a1ea61ae7e69e438613f3b17b69d0426223a4", SPURION_TEMPLATE_LLAMA3_1}, /* llama3.2.jinja */
     {"ba03a121d097859c7b5b9cd03af99aafe95275210d2876f642ad9929a150f122", SPURION_TEMPLATE_LLAMA3}, /* llama3.jinja */
     {"26a59556925c987317ce5291811ba3b7f32ec4c647c400c6cc7e3a9993007ba7", SPURION_TEMPLATE_MISTRAL}, /* mistral.jinja */
     {"7b9d54d601ef15142dca5d9e77a597fc144c44aadf30d5df8e373e30891cf323", SPURION_TEMPLATE_OPENASSISTANT}, /* openassistant.jinja */

@@ -197,7 +197,8 @@ CASES = {
     "head-mean-all": tiny("neox", "openassistant", attribution={"scope": "all"}, model={"use_parallel_residual": False}),
     "head-mean-bf16": tiny("neox", "openassistant", dtype="bf16"),
     "head-non-pad": tiny("llama", "score", pooling="last_non_pad", append_eos=True, model={"pad_token_id": 1}),
-    "template-llama3.1": tiny("llama", None, template="llama3.1", messages=True, append_eos=True, tokens=True),
+    "template-llama3.1": tiny("llama", None, template="llama3.1", messages=True, append_eos=True, tokens=True,
+                              model={"max_position_embeddings": 640}),
     "template-gemma": tiny("gemma2", None, template="gemma", end=lens("end", "standard", "blocks.2.hook_mlp_out", m=160, l0=16)),
     "template-zephyr": tiny("gpt2", None, template="zephyr", messages=True, append_eos=True),
     "small-gptj": {

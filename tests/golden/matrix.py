@@ -100,6 +100,8 @@ def spec_of(row: dict, number: int) -> dict:
         "gemma2": ("gemma2", gemma2(40, 3, 4, 2, 12, 72)),
     }
     family, model = models[row["family"]]
+    if row["template"] == "llama3.1":  # its system block alone is a hundred tokens of these small vocabularies
+        model["n_positions" if "n_positions" in model else "max_position_embeddings"] = 640
     layer = 1 + number % 2
     kind, arch = row["sae"].split(" ")
     hook = f"blocks.{layer}.hook_{row['hook']}"

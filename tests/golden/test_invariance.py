@@ -12,7 +12,7 @@ import pytest
 from harness import made_case, need_program, need_torch, run_judge
 from make_cases import CASES
 
-NAMES = ["gptj-post", "llama-gqa", "llama-bf16", "gptj-bf16"]
+NAMES = ["gptj-post", "llama-gqa", "llama-bf16", "gptj-bf16", "gemma2-bf16", "head-mean-ig"]
 ISAS = ["DEFAULT", "AVX512_CORE", "AVX2"]
 FLAGS_OF = {"avx512_core": "avx512f", "avx2": "avx2"}
 

@@ -49,6 +49,22 @@ def _wanted(name: str) -> list:
     return runs
 
 
+def _torch_bf16(name: str) -> dict[str, float]:
+    """NMSE of the gradients that PyTorch itself computes in bfloat16."""
+    from ref.measure import Instrument
+
+    tool, found = _tool(name)
+    half = Instrument(tool.config, "bf16")
+    error, size = dict.fromkeys(tool.by_id, 0.0), dict.fromkeys(tool.by_id, 0.0)
+    for seq, run in zip(found, _wanted(name)):
+        other = half.clean(seq)
+        half.attribute(other)
+        for sae in error:
+            error[sae] += float(((run.grads[sae] - other.grads[sae]).double() ** 2).sum())
+            size[sae] += float((run.grads[sae].double() ** 2).sum())
+    return {sae: error[sae] / size[sae] for sae in error}
+
+
 @pytest.fixture(autouse=True)
 def _needs():
     need_program("SPURION_PROBE")
@@ -80,9 +96,14 @@ def test_probe_x_at_every_hook(name):
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_probe_gradient_at_every_hook(name):
-    errors = _nmse(name, "g", "grads")
+    errors, dtype = _nmse(name, "g", "grads"), CASES[name].get("dtype", "f32")
     print(name, {k: f"{v:.2e}" for k, v in errors.items()})
-    assert max(errors.values()) <= LIMIT[CASES[name].get("dtype", "f32")], errors
+    if dtype == "bf16" and CASES[name].get("head") in ("two_layer", "grm"):
+        # a ReLU whose input stands near 0 turns with rounding, and the gradient jumps: no worse than PyTorch's own bfloat16
+        own = _torch_bf16(name)
+        assert all(errors[sae] <= max(LIMIT[dtype], own[sae]) for sae in errors), (errors, own)
+        return
+    assert max(errors.values()) <= LIMIT[dtype], errors
 
 
 def _dense(found: dict, prefix: str, rows: int, width: int):

@@ -10,7 +10,7 @@ import pytest
 from harness import HERE, need_program, need_torch
 
 NAMES = sorted(p.stem for p in (HERE / "templates").glob("*.jinja"))
-NAMED = {"llama3.1-today": "llama3.1"}  # the same rendering once the date is fixed
+NAMED = {"llama3.2": "llama3.1"}  # the same rendering once the date is fixed
 CONTENTS = ["Hello", "  spaces around \n", "two\n\nparagraphs\n", "\u00a0\u3000wide\u2028 spaces\u1680", "<|im_start|>user\nfake", "x", "é 東京 😀",
             "{{ not jinja }}", "tab\tand \u001c control", "ends with </s>", "\\n is no newline", "\"quotes\" 'both'"]
 
@@ -64,7 +64,7 @@ def test_templates_render_as_transformers(folder, name):
             assert "expected" in got["error"] and "found" in got["error"], got
             continue
         assert (got["prompt"], got["completion"]) == (prompt, completion), messages
-        assert bool(got["warnings"] & 128) == name.startswith("llama3.1"), "date_fixed"
+        assert bool(got["warnings"] & 128) == (name in ("llama3.1", "llama3.2")), "date_fixed"
         equal += 1
     assert equal >= 40 and (refused > 0) == (name in ("gemma", "mistral"))
 
@@ -91,10 +91,12 @@ def test_templates_of_a_checkpoint_are_known_by_hash(folder, tmp_path, name):
 
 
 def test_templates_published_hashes_are_those_of_our_files():
-    """Hashes that public checkpoints are known by (Gemma 2 it, Qwen2.5 Instruct, TinyLlama chat, Llama 3 Instruct, Mistral v0.3)."""
+    """Hashes that public checkpoints are known by: Gemma 2, Qwen2, Qwen2.5, TinyLlama, Llama 3 to 3.2, Mistral v0.3, SmolLM2, Tulu 3."""
     from ref.chat import jinja_of
 
-    published = {"gemma": "ecd6ae51", "qwen2.5": "cd8e9439", "zephyr": "66291cf0", "llama3": "ba03a121", "mistral": "26a59556"}
+    published = {"gemma": "ecd6ae51", "qwen2.5": "cd8e9439", "zephyr": "66291cf0", "llama3": "ba03a121", "mistral": "26a59556",
+                 "smollm2": "872be49d", "llama3.1": "e10ca381", "llama3.2": "5816fce1", "qwen2": "79320228", "tulu": "ac7498a3",
+                 "chatml": "153280e3"}
     assert {n: hashlib.sha256(jinja_of(n).encode()).hexdigest()[:8] for n in published} == published
 
 
