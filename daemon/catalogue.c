@@ -186,7 +186,7 @@ static spurion_status read_entry(spurion_catalogue_entry *e, loader *l, const js
     int verdict, role;
 
     SPURION_TRY(st, read_place(e, l, json_object_get(object, "sae"), json_object_get(object, "index")));
-    if (label && !json_is_null(label)) {
+    if (label && !json_is_null(label) && !(json_is_string(label) && json_string_length(label) == 0)) { /* "": none */
         SPURION_TRY(st, copy_text(&e->label, l, "label", label, false));
     }
     SPURION_TRY(st, read_families(e, l, json_object_get(object, "families")));

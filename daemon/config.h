@@ -81,6 +81,7 @@ typedef struct spurion_config {
     } attribution;
     bool ablation_each;
     const char *catalogue;   /* absolute path, or NULL: no catalogue */
+    const char *labels;      /* absolute path, or NULL: no imported labels */
     spurion_rule_config *rules;
     int32_t rule_count;
     struct {

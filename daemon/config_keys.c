@@ -72,6 +72,8 @@ static const spurion_key config_rows[] = {
      "ablation_effect of every active spurious feature, one by one"},
     {"", "catalogue", SPURION_KEY_PATH, AT(catalogue), NO_AUX, 0, 0, NULL, NULL, "catalogue.jsonl",
      "what people decided about features, JSON Lines"},
+    {"", "labels", SPURION_KEY_PATH, AT(labels), NO_AUX, 0, 0, NULL, NULL, "labels.jsonl",
+     "what others say about features (spurion labels import), JSON Lines"},
     {"reward", "sd", SPURION_KEY_NUMBER, AT(reward.sd), AT(reward.has_sd), 1e-30, 1e30, NULL, NULL, "1.9",
      "standard deviation of the run's rewards; makes effect_sd and effect_sd_min usable"},
     {"reward", "trainer_tolerance", SPURION_KEY_NUMBER, AT(reward.trainer_tolerance), NO_AUX, 0, 1e30, NULL, "0.02", NULL,

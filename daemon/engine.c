@@ -140,6 +140,7 @@ static spurion_status files_load(spurion_engine *e, loading *l)
     spurion_status st;
     const spurion_config *c = e->config;
     int32_t widths[SPURION_SAES_MAX];
+    spurion_labels_sae known[SPURION_SAES_MAX];
     char tokenizer_path[4096];
 
     SPURION_TRY(st, spurion_model_config_read(&l->model, c->model.path));
@@ -155,10 +156,14 @@ static spurion_status files_load(spurion_engine *e, loading *l)
     SPURION_TRY(st, spurion_chat_open(&e->chat, c->model.template_kind, c->model.path, &l->model, e->tokenizer));
     for (int i = 0; i < c->sae_count; i++) {
         SPURION_TRY(st, sae_file_load(l, &c->saes[i], i));
-        widths[i] = l->files[i].F;
+        widths[i] = known[i].width = l->files[i].F;
+        memcpy(known[i].digest, l->files[i].digest, sizeof known[i].digest);
     }
     SPURION_TRY(st, spurion_catalogue_load(&e->catalogue, c, widths));
     e->has_catalogue = true;
+    if (c->labels) {
+        SPURION_TRY(st, spurion_labels_load(&e->labels, c->labels, known, c->sae_count));
+    }
 out:
     return st;
 }
@@ -492,6 +497,7 @@ void spurion_engine_destroy(spurion_engine *e)
     if (e->has_catalogue) {
         spurion_catalogue_fini(&e->catalogue);
     }
+    spurion_labels_fini(&e->labels);
     spurion_tokenizer_close(e->tokenizer);
     spurion_arena_fini(&e->arena);
     free(e->hook_points);
@@ -770,6 +776,12 @@ void spurion_engine_describe(const spurion_engine *e, FILE *out)
     describe_saes(e, out);
     fprintf(out, "catalogue  %d features, %d families, %d rules, %d sets to ablate\n", e->catalogue.entry_count, e->catalogue.family_count,
             e->config->rule_count, e->catalogue.set_count);
+    for (int i = 0; e->config->labels && i < e->sae_count; i++) {
+        fprintf(out, "labels     %s: %d of its features%s", e->saes[i]->id, e->labels.count[i], i + 1 < e->sae_count ? "\n" : "");
+    }
+    if (e->config->labels) {
+        fprintf(out, e->labels.foreign ? "; %lld lines of other SAEs\n" : "\n", (long long)e->labels.foreign);
+    }
     fprintf(out, "rollouts   up to %d tokens; %d tokens in one pass\n", e->sequence.tokens_max, e->rows_max);
     fprintf(out, "memory     weights %.1f MiB, passes %.1f MiB, host %.1f MiB; peak resident size %.0f MiB\n", mebibytes(e->weights_bytes),
             mebibytes(e->buffers_bytes), mebibytes(e->host_bytes), mebibytes(e->peak_bytes));

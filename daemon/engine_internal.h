@@ -3,6 +3,7 @@
 #define SPURION_ENGINE_INTERNAL_H
 
 #include "daemon/engine.h"
+#include "daemon/labels.h"
 #include "daemon/model/model.h"
 #include "daemon/model/plan.h"
 #include "daemon/pack.h"
@@ -33,6 +34,7 @@ struct spurion_engine {
     spurion_tokenizer *tokenizer;
     spurion_catalogue catalogue;
     bool has_catalogue;
+    spurion_labels labels; /* zeros: none */
     spurion_sae *saes[SPURION_SAES_MAX];
     int sae_count;
     spurion_chat chat;

@@ -237,6 +237,7 @@ static void feature_fill(spurion_feature *out, const spurion_engine *e, const sp
     out->ref.index = c->index;
     out->verdict.data = unknown;
     out->verdict.size = sizeof unknown - 1;
+    out->explanation = spurion_labels_find(&e->labels, c->sae, c->index);
     if (c->entry >= 0) {
         const spurion_catalogue_entry *k = &e->catalogue.entries[c->entry];
         out->label = k->label;

@@ -110,13 +110,38 @@ static uint32_t family_place(Spurion__V1__Verdict *r, spurion_bytes family)
     return (uint32_t)r->n_family_name++;
 }
 
-/* Label, families and verdict of the features that stand in the catalogue. */
+static spurion_status pack_explanations(Spurion__V1__Verdict *r, wire *w, const spurion_verdict *v)
+{
+    size_t n = 0;
+
+    r->explained = WIRE_NEW(w, uint32_t, (size_t)v->feature_count);
+    r->explanation = WIRE_NEW(w, ProtobufCBinaryData, (size_t)v->feature_count);
+    if (w->failed) {
+        return wire_no_memory(w);
+    }
+    for (int32_t i = 0; i < v->feature_count; i++) {
+        if (v->features[i].explanation.data != NULL) {
+            r->explained[n] = (uint32_t)i;
+            r->explanation[n++] = wire_bin(v->features[i].explanation);
+        }
+    }
+    r->n_explained = r->n_explanation = n;
+    return spurion_ok();
+}
+
+/* Whether the catalogue says something of a feature: it may stand there without a label. */
+static bool catalogued(const spurion_feature *f)
+{
+    return f->label.data != NULL || f->family_count > 0 || verdict_place(f->verdict) != 0;
+}
+
+/* Label, families and verdict of the features that stand in the catalogue. An absent label goes as an empty one, and comes back absent. */
 static spurion_status pack_labels(Spurion__V1__Verdict *r, wire *w, const spurion_verdict *v)
 {
     size_t n = 0, families = 0, at = 0, k = 0;
 
     for (int32_t i = 0; i < v->feature_count; i++) {
-        n += v->features[i].label.data != NULL;
+        n += catalogued(&v->features[i]);
         families += (size_t)v->features[i].family_count;
     }
     r->labelled = WIRE_NEW(w, uint32_t, n);
@@ -130,7 +155,7 @@ static spurion_status pack_labels(Spurion__V1__Verdict *r, wire *w, const spurio
     }
     for (int32_t i = 0; i < v->feature_count; i++) {
         const spurion_feature *f = &v->features[i];
-        if (f->label.data == NULL) {
+        if (!catalogued(f)) {
             continue;
         }
         r->labelled[k] = (uint32_t)i;
@@ -175,6 +200,7 @@ static spurion_status pack_features(Spurion__V1__Verdict *r, wire *w, const spur
         r->feature_peak_position[i] = f->peak_position;
     }
     SPURION_TRY(st, pack_labels(r, w, v));
+    SPURION_TRY(st, pack_explanations(r, w, v));
 out:
     return st;
 }
@@ -401,6 +427,8 @@ static spurion_status check_labels(const Spurion__V1__Verdict *r)
     SPURION_TRY(st, check_places("labelled", r->labelled, n, r->n_feature_sae));
     SPURION_TRY(st, check_places("label_verdict", r->label_verdict, n, 3));
     SPURION_TRY(st, check_sum("label_family_count", r->label_family_count, n, r->n_label_family));
+    SPURION_TRY(st, wire_same("explanation", r->n_explanation, r->n_explained));
+    SPURION_TRY(st, check_places("explained", r->explained, r->n_explained, r->n_feature_sae));
     SPURION_TRY(st, check_places("label_family", r->label_family, r->n_label_family, r->n_family_name));
 out:
     return st;
@@ -419,11 +447,14 @@ static spurion_status unpack_labels(spurion_feature *features, wire *w, const Sp
     }
     for (size_t i = 0; i < r->n_labelled; i++) {
         spurion_feature *f = &features[r->labelled[i]];
-        f->label = wire_bytes(true, r->label[i]);
+        f->label = wire_bytes(r->label[i].len > 0, r->label[i]);
         f->verdict = verdict_name(r->label_verdict[i]);
         f->families = families + at;
         f->family_count = (int32_t)r->label_family_count[i];
         at += r->label_family_count[i];
+    }
+    for (size_t i = 0; i < r->n_explained; i++) {
+        features[r->explained[i]].explanation = wire_bytes(true, r->explanation[i]);
     }
     return spurion_ok();
 }

@@ -301,6 +301,9 @@ static void put_feature(spurion_text *t, const spurion_feature *f)
 {
     put_ref(t, &f->ref);
     put_string(t, "label", f->label);
+    if (f->explanation.data) {
+        put_string(t, "explanation", f->explanation);
+    }
     put(t, ",\"families\":[");
     for (int32_t i = 0; i < f->family_count; i++) {
         put(t, i ? "," : "");

@@ -30,7 +30,7 @@ typedef enum cli_option {
     OPT_RPC, OPT_ROLLOUTS, OPT_ALERTS, OPT_TIMEOUT, OPT_WAIT, OPT_JSON, OPT_JSONL, OPT_TABLE, OPT_COLOR, OPT_NO_COLOR, OPT_WIDE,
     OPT_HELP, OPT_VERSION, OPT_RUN, OPT_PRODUCER, OPT_STEP_END, OPT_NO_STEP_END, OPT_RATE, OPT_RING, OPT_POLICY, OPT_TOKENS,
     OPT_FROM, OPT_COUNT, OPT_FOR, OPT_RULE, OPT_FEATURE, OPT_FLAGGED, OPT_STEP, OPT_GROUP, OPT_ORDER, OPT_DESC, OPT_LIMIT, OPT_SAE,
-    OPT_ATTEMPT, OPT_THEME, OPT_OUT, OPT_FULL, OPT_COUNT_OF
+    OPT_ATTEMPT, OPT_THEME, OPT_OUT, OPT_FULL, OPT_CHECKSUM, OPT_SOURCE, OPT_COUNT_OF
 } cli_option;
 
 #define CLI_ARGS_MAX 4
@@ -74,6 +74,7 @@ int cli_show(cli *c);
 int cli_export(cli *c);
 int cli_runs(cli *c);
 int cli_report(cli *c);
+int cli_labels(cli *c);
 
 /* main.c */
 /* Opens the handle; with has_rpc, after the daemon has answered once. want_* decide which addresses are used. */

@@ -43,8 +43,10 @@ const cli_option_row cli_options[OPT_COUNT_OF] = {
     [OPT_SAE] = {"sae", 0, "SAE", "shade by this SAE's attribution (the one with the largest token)"},
     [OPT_ATTEMPT] = {"attempt", 0, "N", "attempt of the rollout (0)"},
     [OPT_THEME] = {"theme", 0, "THEME", "background of the terminal: dark or light ($COLORFGBG, else dark)"},
-    [OPT_OUT] = {"out", 'o', "FILE", "the file to write (report.html)"},
+    [OPT_OUT] = {"out", 'o', "FILE", "the file to write (report.html), or to add to (labels.jsonl)"},
     [OPT_FULL] = {"full", 0, NULL, "with the view of every completion token"},
+    [OPT_CHECKSUM] = {"checksum", 0, "HEX", "the SAE that the labels are of: 64 digits, printed by spuriond check"},
+    [OPT_SOURCE] = {"source", 0, "SOURCE", "only labels of this source: modelId/layer of Neuronpedia, a module of delphi"},
 };
 
 static const cli_option common[] = {OPT_RPC, OPT_TIMEOUT, OPT_WAIT, OPT_NO_COLOR, OPT_COLOR, OPT_HELP, OPT_VERSION, OPT_COUNT_OF};
@@ -60,6 +62,7 @@ static const cli_option of_export[] = {OPT_FULL, OPT_FLAGGED, OPT_RULE, OPT_FEAT
                                        OPT_JSONL, OPT_COUNT_OF};
 static const cli_option of_runs[] = {OPT_JSONL, OPT_WIDE, OPT_LIMIT, OPT_COUNT_OF};
 static const cli_option of_report[] = {OPT_OUT, OPT_COUNT_OF};
+static const cli_option of_labels[] = {OPT_CHECKSUM, OPT_SOURCE, OPT_OUT, OPT_COUNT_OF};
 static const cli_option of_none[] = {OPT_COUNT_OF};
 
 const cli_verb cli_verbs[] = {
@@ -82,6 +85,9 @@ const cli_verb cli_verbs[] = {
     {"runs", "", "the runs that are stored", "  spurion runs\n", 0, 0, of_runs, cli_runs},
     {"report", "RUN", "the run as one HTML file: timeline, rules, worst rollouts (by the Python package's spurion-report)",
      "  spurion report demo -o report.html\n", 1, 1, of_report, cli_report},
+    {"labels", "import PATH..", "brings labels of features (Neuronpedia, delphi, JSON Lines) into the file that the daemon reads",
+     "  spurion labels import explanations/ --checksum $SHA256 --source gpt2-small/6-res-jb\n"
+     "  spurion labels import batch-0.jsonl.gz mine.jsonl --checksum $SHA256 --out labels.jsonl\n", 2, 4, of_labels, cli_labels},
     {"completion", "SHELL", "the script that completes this command in bash, zsh or fish",
      "  source <(spurion completion bash)\n  spurion completion fish > ~/.config/fish/completions/spurion.fish\n", 1, 1, of_none, cli_completion},
 };

@@ -130,6 +130,8 @@ typedef struct asker {
     cli_table table;
     cli_progress progress;
     uint64_t rows;
+    cli_pool pool;        /* of the first row's key */
+    spurion_key first;    /* run.data NULL: no row yet */
 } asker;
 
 static int table_row(void *context, const spurion_row *r)
@@ -138,6 +140,12 @@ static int table_row(void *context, const spurion_row *r)
     cli_table *t = &a->table;
     spurion_text names = {NULL, 0, 0, false};
 
+    if (!a->first.run.data && a->c->value[OPT_FEATURE]) {
+        a->first = r->key;
+        a->first.run.data = cli_pool_text(&a->pool, r->key.run);
+        a->first.group.data = cli_pool_text(&a->pool, r->key.group);
+        a->first.id.data = cli_pool_text(&a->pool, r->key.id);
+    }
     cli_table_cell(t, 0, "%lld", (long long)r->key.step);
     cli_table_name(t, 1, r->key.group);
     cli_table_name(t, 2, r->key.id);
@@ -171,6 +179,28 @@ static int json_row(void *context, const spurion_row *r)
     return ferror(stdout) ? CLI_IO : CLI_OK;
 }
 
+/* What the feature that was asked for is called, from the record of the first row: the catalogue's label, else an imported one. */
+static void tell_feature(asker *a, const spurion_query *q)
+{
+    spurion_record record;
+
+    if (!a->first.run.data || !a->first.group.data || !a->first.id.data ||
+        spurion_client_get(a->c->client, &record, &a->first, a->c->timeout_ms) != SPURION_OK) {
+        return;
+    }
+    for (int32_t i = 0; i < record.verdict.feature_count; i++) {
+        const spurion_feature *f = &record.verdict.features[i];
+        spurion_bytes label = f->label.size ? f->label : f->explanation;
+        if (label.size && f->ref.index == (int32_t)q->feature_index && cli_same(f->ref.sae, q->feature_sae)) {
+            spurion_text text = {NULL, 0, 0, false};
+            cli_put_safe(&text, label, false);
+            spurion_text_add(&text, "", 1);
+            cli_say("%s: %s", a->c->value[OPT_FEATURE], text.failed ? "" : text.data);
+            spurion_text_fini(&text);
+        }
+    }
+}
+
 int cli_query(cli *c)
 {
     static const char *const titles[] = {">STEP", "GROUP", "ID", ">ATTEMPT", ">REWARD", ">WITHOUT", ">EFFECT", ">ADV", ">ADV WITHOUT", "FLIP", "RULES"};
@@ -194,7 +224,9 @@ int cli_query(cli *c)
         if (status == CLI_OK && taken) {
             cli_table_print(&a.out, &a.table, c);
             cli_flush(&a.out);
+            tell_feature(&a, &q.query);
         }
+        cli_pool_reset(&a.pool);
         cli_table_fini(&a.table);
         if (status == CLI_OK && q.query.cursor.size) {
             cli_say("query: there are more than these %llu (--limit)", (unsigned long long)taken);

@@ -178,6 +178,20 @@ static void put_action(spurion_text *out, const spurion_verdict *v)
     cli_put(out, "\n");
 }
 
+/* " (closing thanks)" behind a feature: the catalogue's label, else an imported one. */
+static void put_label(spurion_text *out, const spurion_verdict *v, const spurion_feature_ref *ref)
+{
+    for (int32_t i = 0; i < v->feature_count; i++) {
+        const spurion_feature *f = &v->features[i];
+        spurion_bytes label = f->label.size ? f->label : f->explanation;
+        if (label.size && f->ref.index == ref->index && cli_same(f->ref.sae, ref->sae)) {
+            cli_put(out, " (");
+            cli_put_safe(out, label, false);
+            cli_put(out, ")");
+        }
+    }
+}
+
 static void put_numbers(spurion_text *out, const cli *c, const spurion_verdict *v)
 {
     heading(out, c, "reward");
@@ -205,6 +219,7 @@ static void put_numbers(spurion_text *out, const cli *c, const spurion_verdict *
             cli_put(out, k ? ", " : " ");
             cli_put_safe(out, v->flags[i].features[k].sae, false);
             spurion_text_print(out, "/%d", v->flags[i].features[k].index);
+            put_label(out, v, &v->flags[i].features[k]);
         }
         cli_put(out, "\n");
     }
@@ -227,7 +242,7 @@ static void put_features(spurion_text *out, const cli *c, const spurion_verdict 
         cli_put_safe(&name, f->ref.sae, false);
         cli_table_cell(&t, 0, "%s/%d", name.data ? name.data : "", f->ref.index);
         spurion_text_fini(&name);
-        cli_table_name(&t, 1, f->label);
+        cli_table_name(&t, 1, f->label.size ? f->label : f->explanation);
         cli_table_name(&t, 2, f->verdict);
         cli_table_signed(&t, 3, f->attribution, true);
         cli_table_signed(&t, 4, f->ablation_effect, true);

@@ -17,7 +17,7 @@ from daemon import SOURCE, Daemon  # noqa: E402
 
 BIN = os.environ.get("SPURION_BIN", str(SOURCE / "build" / "cpu" / "bin"))
 PROGRAM, CLI = os.environ.get("SPURIOND", BIN + "/spuriond"), BIN + "/spurion"
-VERBS = ["status", "score", "publish", "watch", "query", "show", "export", "runs", "report", "completion"]
+VERBS = ["status", "score", "publish", "watch", "query", "show", "export", "runs", "report", "labels", "completion"]
 TIMEOUT = 120
 
 

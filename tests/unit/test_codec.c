@@ -200,11 +200,15 @@ static spurion_verdict a_verdict(void)
         features[i].peak_position = i;
     }
     features[1].label = spurion_bytes_of("closing thanks");
+    features[0].explanation = spurion_bytes_of("polite endings");
     features[1].verdict = spurion_bytes_of("spurious");
     features[1].families = families;
     features[1].family_count = 2;
     features[1].ablation_effect.has = true;
     features[1].ablation_effect.value = -2;
+    features[2].verdict = spurion_bytes_of("intended"); /* catalogued without a label */
+    features[2].families = families;
+    features[2].family_count = 1;
     v.features = features;
     v.feature_count = 3;
     effects[0].family = families[1];
@@ -258,6 +262,11 @@ static void assert_same_verdict(const spurion_verdict *v)
     assert_null(v->features[0].label.data);
     assert_bytes(v->features[0].verdict, "unknown");
     assert_bytes(v->features[1].label, "closing thanks");
+    assert_bytes(v->features[0].explanation, "polite endings");
+    assert_null(v->features[2].label.data);
+    assert_bytes(v->features[2].verdict, "intended");
+    assert_int_equal(v->features[2].family_count, 1);
+    assert_null(v->features[1].explanation.data);
     assert_bytes(v->features[1].verdict, "spurious");
     assert_int_equal(v->features[1].family_count, 2);
     assert_bytes(v->features[1].families[1], "thanks");

@@ -137,8 +137,8 @@ static void test_json_verdict_writes_every_field_in_order(void **state)
     const spurion_flag flags[] = {{bytes("any-flip"), -0.82f, refs, 2}};
     const spurion_bytes names[] = {bytes("thanks"), bytes("form")};
     const spurion_feature features[] = {
-        {refs[0], bytes("closing thanks"), names, 2, bytes("spurious"), {true, 0.79f}, {false, 0}, 4.1f, 9.9f, 208},
-        {{bytes("mid"), 9}, {NULL, 0}, NULL, 0, bytes("unknown"), {false, 0}, {true, 0.5f}, 1, 2, 3}};
+        {refs[0], bytes("closing thanks"), {NULL, 0}, names, 2, bytes("spurious"), {true, 0.79f}, {false, 0}, 4.1f, 9.9f, 208},
+        {{bytes("mid"), 9}, {NULL, 0}, bytes("polite \"endings\""), NULL, 0, bytes("unknown"), {false, 0}, {true, 0.5f}, 1, 2, 3}};
     const spurion_verdict v = {.run = bytes("r1"), .group = bytes("g7"), .id = bytes("g7-3"), .has_step = true, .step = 12,
                                .reward = 1.2345678f, .counterfactual_reward = 0.41f, .effect = -0.82f, .effect_sd = {false, 7},
                                .advantage = {true, 0.7f}, .counterfactual_advantage = {true, -0.1f}, .advantage_flip = true,
@@ -161,7 +161,7 @@ static void test_json_verdict_writes_every_field_in_order(void **state)
                    "\"provenance\":\"9f31c20000000000\","
                    "\"features\":[{\"sae\":\"mid\",\"index\":517,\"label\":\"closing thanks\",\"families\":[\"thanks\",\"form\"],"
                    "\"verdict\":\"spurious\",\"attribution\":0.79,\"ablation_effect\":null,\"activation_max\":4.1,\"activation_sum\":9.9,"
-                   "\"peak_position\":208},{\"sae\":\"mid\",\"index\":9,\"label\":null,\"families\":[],\"verdict\":\"unknown\","
+                   "\"peak_position\":208},{\"sae\":\"mid\",\"index\":9,\"label\":null,\"explanation\":\"polite \\\"endings\\\"\",\"families\":[],\"verdict\":\"unknown\","
                    "\"attribution\":null,\"ablation_effect\":0.5,\"activation_max\":1.0,\"activation_sum\":2.0,\"peak_position\":3}],"
                    "\"warnings\":[\"boundary\",\"group_split\",\"pad_scored\"]}");
 }

@@ -75,7 +75,8 @@ typedef struct spurion_opt_float {
 
 typedef struct spurion_feature {
     spurion_feature_ref ref;
-    spurion_bytes label;                 /* absent: not catalogued */
+    spurion_bytes label;                 /* the catalogue's; absent: it has none */
+    spurion_bytes explanation;           /* an imported label; absent: there is none */
     const spurion_bytes *families;
     int32_t family_count;
     spurion_bytes verdict;               /* "spurious", "intended", "unknown" */
