@@ -180,8 +180,8 @@ def flagging(context: dict, work: case.Work, worker: Worker, rounds: int, count:
             "rollouts": len(rows), "profile": judges["spurion"].profile, "profile_reward_only": judges["reward only"].profile, "runs": rounds + 1}
 
 
-def run(context: dict, works: list[case.Work], rounds: int, compiles: bool) -> dict:
-    """Returns {workload: result}."""
+def run(context: dict, works: list[case.Work], rounds: int, compiles: bool, save) -> dict:
+    """Returns {workload: result}. save(results so far) is called after each: a fault in a later one does not take them away."""
     for work in works:
         case.write_rollouts(context["folder"], work, case.rollouts(context["shape"], work.prompt, work.completion, work.group, work.groups))
     worker, agreement, results = Worker(context["folder"]), {}, {}
@@ -194,6 +194,7 @@ def run(context: dict, works: list[case.Work], rounds: int, compiles: bool) -> d
             else:
                 results[work.name] = contest(context, work, worker, rounds, compiles)
                 results[work.name]["agreement"] = {d: agreement[d][work.name] for d in agreement}
+            save(results)
     finally:
         worker.close()
     return results

@@ -76,8 +76,8 @@ def contest_words(works: dict, results: dict) -> list[str]:
 
 
 def contest_picture(path: Path, works: dict, results: dict, plot) -> None:
-    figure, axes = plot.subplots(1, len(results), figsize=(3.1 * len(results), 3.6))
-    for axis, (name, result) in zip(axes if len(results) > 1 else [axes], results.items()):
+    figure, axes = plot.subplots(1, len(results), figsize=(3.1 * len(results), 3.6), squeeze=False)
+    for axis, (name, result) in zip(axes[0], results.items()):
         for i, (peer, times) in enumerate(result["times"].items()):
             middle = statistics.median(times)
             axis.bar(i, middle, color="#2166ac" if peer == "spurion" else "#bbbbbb",
@@ -85,7 +85,7 @@ def contest_picture(path: Path, works: dict, results: dict, plot) -> None:
             axis.text(i, middle, f"{middle:.2g}", ha="center", va="bottom", fontsize=7)
         axis.set_xticks(range(len(result["times"])), [NAMES[p].replace(" + ", "\n+ ") for p in result["times"]], rotation=60, ha="right", fontsize=7)
         axis.set_title(works[name].title(), fontsize=8)
-        axis.set_ylabel("s" if axis is axes[0] else "")
+        axis.set_ylabel("s" if axis is axes[0, 0] else "")
     save(figure, path, plot)
 
 

@@ -77,15 +77,20 @@ def main() -> int:
     if raw.exists() and (old := json.loads(raw.read_text())).get("tiny") == args.tiny:
         data["machines"], data["parts"] = old["machines"], old["parts"]
     few = min(3, args.rounds)
-    todo = {"contest": lambda: contest.run(context, works, args.rounds, args.compile), "roofline": lambda: roofline.run(context, works, args.rounds),
+    todo = {"contest": lambda: contest.run(context, works, args.rounds, args.compile, lambda results: keep("contest", results)),
+            "roofline": lambda: roofline.run(context, works, args.rounds),
             "curves": lambda: curves.run(context, few), "load": lambda: load.run(context, few)}
+
+    def keep(part: str, found: dict) -> Path:
+        data["parts"][part], data["machines"][part] = found, before
+        raw.write_text(json.dumps(data, indent=1) + "\n")
+        return report.write(args.out, data)
+
     for part in args.parts:
         begin, before = time.monotonic(), machine()
         print(f"{part}, load {before['load']:.1f}", file=sys.stderr)
-        data["parts"][part], data["machines"][part] = todo[part](), before
+        written = keep(part, todo[part]())
         print(f"{part}: {time.monotonic() - begin:.0f} s", file=sys.stderr)
-        raw.write_text(json.dumps(data, indent=1) + "\n")
-        written = report.write(args.out, data)
     print(written.read_text())
     return 0
 
