@@ -6,15 +6,19 @@
 
 #include "spurion/ops.h"
 
+#if !defined(SPURION_WITH_CUDA)
+/* Absent here; a test program that links the emulated backend (tests/emulator) brings it. */
+__attribute__((weak)) spurion_status spurion_dev_create_cuda(spurion_dev **out, spurion_dtype dtype, int ordinal);
+#endif
+
 static spurion_status create_cuda(spurion_dev **out, spurion_dtype dtype, int ordinal)
 {
-#if defined(SPURION_WITH_CUDA)
-    return spurion_dev_create_cuda(out, dtype, ordinal);
-#else
-    (void)out;
-    (void)dtype;
-    return spurion_error(SPURION_UNIMPLEMENTED, "device cuda:%d: this build holds no CUDA backend", ordinal);
+#if !defined(SPURION_WITH_CUDA)
+    if (spurion_dev_create_cuda == NULL) {
+        return spurion_error(SPURION_UNIMPLEMENTED, "device cuda:%d: this build holds no CUDA backend", ordinal);
+    }
 #endif
+    return spurion_dev_create_cuda(out, dtype, ordinal);
 }
 
 spurion_status spurion_dev_create(spurion_dev **out, const char *device, spurion_dtype dtype, int threads)

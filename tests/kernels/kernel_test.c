@@ -23,6 +23,12 @@ void kt_open(kt *t, spurion_dtype dtype, int threads)
     kt_seed(t, 20261121);
 }
 
+bool kt_on_cpu(void)
+{
+    const char *device = getenv("SPURION_TEST_DEVICE");
+    return device == NULL || strcmp(device, "cpu") == 0;
+}
+
 static void check_guards(kt *t, int i)
 {
     unsigned char guard[2 * GUARD];

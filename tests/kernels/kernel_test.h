@@ -40,6 +40,8 @@ typedef struct kt {
 
 /* Opens the device under test. Skips the test, visibly, where the environment asks for what this machine does not have. */
 void kt_open(kt *t, spurion_dtype dtype, int threads);
+/* Whether the device under test is the CPU (else: cuda:N, a real or an emulated one). */
+bool kt_on_cpu(void);
 /* Checks every guard band and gives everything back. */
 void kt_close(kt *t);
 

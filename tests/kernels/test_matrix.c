@@ -208,7 +208,8 @@ static void test_matrix_refuses_a_direction_it_was_not_made_for(void **state)
     float *x = kt_in(&t, w, 8 * sizeof *w), *out = kt_out(&t, 8 * sizeof *out);
     assert_int_equal(t.ops->linear_backward(t.dev, out, x, m, 1, SPURION_OVERWRITE).code, SPURION_INTERNAL);
     assert_true(t.ops->matrix_bytes(t.dev, 8, 8, SPURION_FORWARD, SPURION_F32) >= 64 * sizeof *w);
-    assert_true(t.ops->matrix_bytes(t.dev, 8, 8, SPURION_FORWARD | SPURION_BACKWARD, SPURION_F32) >= 128 * sizeof *w);
+    /* the CPU packs each direction's weights anew; a GPU reads the same ones both ways */
+    assert_true(t.ops->matrix_bytes(t.dev, 8, 8, SPURION_FORWARD | SPURION_BACKWARD, SPURION_F32) >= (kt_on_cpu() ? 128 : 64) * sizeof *w);
     t.ops->matrix_destroy(t.dev, m);
     t.ops->matrix_destroy(t.dev, NULL);
     free(w);

@@ -3,6 +3,7 @@
 #ifndef SPURION_DEV_H
 #define SPURION_DEV_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -34,7 +35,7 @@ typedef enum spurion_op_class {
 } spurion_op_class;
 
 typedef struct spurion_profile {
-    double seconds[SPURION_CLASS_COUNT];
+    double seconds[SPURION_CLASS_COUNT]; /* CUDA: of what the stream has been waited for */
     double flops[SPURION_CLASS_COUNT];
     double bytes[SPURION_CLASS_COUNT];
     int64_t calls[SPURION_CLASS_COUNT];
@@ -47,6 +48,8 @@ typedef struct spurion_dev {
     const struct spurion_ops *ops;
     spurion_dtype dtype;     /* type of matrix inputs ("act" below): f32 or bf16; everything else is f32 */
     int thread_count;        /* CPU: workers in use, with the caller */
+    int row_chunk;           /* rows at a time that suit row-wise work between two matrix products */
+    bool own_memory;         /* its memory is not the process's: never touched but through the ops, and counted apart */
     char name[128];          /* "cpu avx512_core_amx 2 threads" */
     spurion_profile profile; /* filled by every op; reset by whoever reads it */
 } spurion_dev;

@@ -1,0 +1,109 @@
+/* Activations of the MLP and their gradients: formulas in cpu/activation.c. A thread for four neighbouring elements. Thread: engine. */
+#include "kernels/cuda/rows.cuh"
+
+#define SQRT_2_OVER_PI 0.797884560802865356f
+#define GELU_CUBE 0.044715f
+
+/* Value and derivative at x. */
+static __device__ inline float act(float x, float *slope, spurion_act_kind kind)
+{
+    float g, x2 = x * x;
+    switch (kind) {
+    case SPURION_ACT_GELU_TANH:
+        g = tanhf(SQRT_2_OVER_PI * x * (1.0f + GELU_CUBE * x2));
+        *slope = 0.5f * (1.0f + g) + 0.5f * x * (1.0f - g * g) * (SQRT_2_OVER_PI * (1.0f + 3.0f * GELU_CUBE * x2));
+        return 0.5f * x * (1.0f + g);
+    case SPURION_ACT_GELU_ERF:
+        g = erff(x * 0.707106781186547524f);
+        *slope = 0.5f * (1.0f + g) + x * expf(-0.5f * x2) * 0.398942280401432678f;
+        return 0.5f * x * (1.0f + g);
+    case SPURION_ACT_SILU:
+        g = 1.0f / (1.0f + expf(-x));
+        *slope = g * (1.0f + x * (1.0f - g));
+        return x * g;
+    default:
+        *slope = x > 0.0f ? 1.0f : 0.0f;
+        return x > 0.0f || x != x ? x : 0.0f;
+    }
+}
+
+typedef struct act_args {
+    void *out;
+    const float *pre, *dout;
+    int T, F;
+    spurion_act_kind kind;
+    spurion_dtype dtype;
+    bool gated, whole;
+} act_args;
+
+static __global__ void act_kernel(act_args a)
+{
+    int quads = (a.F + 3) / 4;
+    int64_t item = spurion_item();
+    size_t t = (size_t)(item / quads), F = (size_t)a.F;
+    int c = (int)(item % quads) * 4, n = a.F - c;
+    if (t >= (size_t)a.T) {
+        return;
+    }
+    const float *pre = a.pre + t * F * (a.gated ? 2 : 1) + (size_t)c;
+    spurion_four v = spurion_load4(pre, n, a.whole), up = {{1, 1, 1, 1}};
+    if (a.gated) {
+        up = spurion_load4(pre + F, n, a.whole);
+    }
+    for (int i = 0; i < 4; i++) {
+        float slope;
+        v.v[i] = act(v.v[i], &slope, a.kind) * up.v[i];
+    }
+    spurion_store4_act(a.out, t * F + (size_t)c, v, n, a.whole, a.dtype);
+}
+
+static __global__ void act_back_kernel(act_args a)
+{
+    int quads = (a.F + 3) / 4;
+    int64_t item = spurion_item();
+    size_t t = (size_t)(item / quads), F = (size_t)a.F;
+    int c = (int)(item % quads) * 4, n = a.F - c;
+    if (t >= (size_t)a.T) {
+        return;
+    }
+    size_t at = t * F * (a.gated ? 2 : 1) + (size_t)c;
+    spurion_four gate = spurion_load4(a.pre + at, n, a.whole), d = spurion_load4(a.dout + t * F + (size_t)c, n, a.whole), up = {{1, 1, 1, 1}}, dup;
+    if (a.gated) {
+        up = spurion_load4(a.pre + at + F, n, a.whole);
+    }
+    for (int i = 0; i < 4; i++) {
+        float slope, value = act(gate.v[i], &slope, a.kind);
+        dup.v[i] = d.v[i] * value;
+        d.v[i] = d.v[i] * up.v[i] * slope;
+    }
+    if (a.gated) {
+        spurion_store4_act(a.out, at + F, dup, n, a.whole, a.dtype);
+    }
+    spurion_store4_act(a.out, at, d, n, a.whole, a.dtype);
+}
+
+static spurion_status run(spurion_dev *dev, void (*kernel)(act_args), act_args a, double flops, double bytes)
+{
+    spurion_cuda *cuda = spurion_cuda_of(dev);
+    double elements = (double)a.T * a.F;
+    size_t F = (size_t)a.F;
+    SPURION_CUDA_DO(spurion_cuda_begin(cuda));
+    if (a.T > 0) {
+        a.whole = spurion_whole(a.out, F, a.F, a.dtype) && spurion_whole(a.pre, F, a.F, SPURION_F32) && spurion_whole(a.dout, F, a.F, SPURION_F32);
+        SPURION_CUDA(cuda, spurion_cuda_launch(cuda, kernel, spurion_item_grid((int64_t)a.T * ((a.F + 3) / 4)), SPURION_CUDA_THREADS, 0, a));
+    }
+    return spurion_cuda_end(cuda, SPURION_CLASS_ACTIVATION, flops * elements, bytes * elements);
+}
+
+extern "C" spurion_status spurion_cuda_activation(spurion_dev *dev, void *out, const float *pre, int T, int F, spurion_act_kind kind, int gated)
+{
+    act_args a = {out, pre, NULL, T, F, kind, dev->dtype, gated != 0, false};
+    return run(dev, act_kernel, a, 20, (gated ? 8 : 4) + (double)spurion_dtype_bytes(dev->dtype));
+}
+
+extern "C" spurion_status spurion_cuda_activation_backward(spurion_dev *dev, void *dpre, const float *pre, const float *dout, int T, int F,
+                                                           spurion_act_kind kind, int gated)
+{
+    act_args a = {dpre, pre, dout, T, F, kind, dev->dtype, gated != 0, false};
+    return run(dev, act_back_kernel, a, 30, (gated ? 2 : 1) * (4 + (double)spurion_dtype_bytes(dev->dtype)) + 4);
+}
