@@ -83,7 +83,7 @@ static const spurion_key config_rows[] = {
     {"engine", "tokens_max", SPURION_KEY_INT, AT(engine.tokens_max), NO_AUX, 1, 1 << 24, NULL, "16384", NULL,
      "tokens of one micro-batch"},
     {"engine", "memory_max", SPURION_KEY_SIZE, AT(engine.memory_max), NO_AUX, 0, 0, NULL, "8GiB", NULL,
-     "memory that the engine may plan for: bytes, or KiB, MiB, GiB, TiB"},
+     "host memory that the engine may plan for: bytes, or KiB, MiB, GiB, TiB; with cuda:N the device's own free memory bounds its part"},
     {"engine", "batch_wait_ms", SPURION_KEY_INT, AT(engine.batch_wait_ms), NO_AUX, 0, 60000, NULL, "5", NULL,
      "longest wait for a fuller micro-batch"},
     {"engine", "group_wait_ms", SPURION_KEY_INT, AT(engine.group_wait_ms), NO_AUX, 0, 3600000, NULL, "2000", NULL,

@@ -1,6 +1,7 @@
 /* Life of the engine: loads and checks everything, lays out memory, and turns jobs into passes. See engine.h. */
 #include "daemon/engine_internal.h"
 
+#include <inttypes.h>
 #include <malloc.h>
 #include <math.h>
 #include <stdlib.h>
@@ -14,6 +15,7 @@
 #include "daemon/rules.h"
 
 #define HOST_RESERVE_BYTES ((size_t)192 << 20) /* code, libraries, tokenizer, jobs in flight: beside the planned blocks */
+#define DEVICE_RESERVE_BYTES ((size_t)64 << 20) /* of a device's own memory: its allocator's grain, lists of work, row sums */
 #define SAE_DTYPE SPURION_F32                   /* thresholds and top-k are discontinuous: encoded as the libraries do, whatever model.dtype is */
 #define IN_HAND_BYTES ((size_t)4 << 20)        /* rollouts in hand while a pass runs: their arenas, the lines of JSON */
 #define IN_HAND_ROW_BYTES 256                  /* and for each token of a full pass: ids, texts, evidence */
@@ -215,7 +217,7 @@ out:
 
 static spurion_plan_input plan_input(const spurion_engine *e, int rows)
 {
-    spurion_plan_input in = {&e->model->config, e->dev->dtype, rows, e->lowest, e->gradients, e->variants};
+    spurion_plan_input in = {&e->model->config, e->dev->dtype, rows, e->lowest, e->gradients, e->variants, e->dev->row_chunk};
     return in;
 }
 
@@ -231,8 +233,8 @@ static size_t host_rows_bytes(const spurion_engine *e, int rows)
     return bytes;
 }
 
-/* Device and host bytes of passes of so many rows. */
-static size_t passes_bytes(const spurion_engine *e, int rows)
+/* Device bytes of passes of so many rows. */
+static size_t device_rows_bytes(const spurion_engine *e, int rows)
 {
     spurion_workspace w = {0};
     spurion_plan_input in = plan_input(e, rows);
@@ -248,31 +250,59 @@ static size_t passes_bytes(const spurion_engine *e, int rows)
     if (e->config->attribution.method == SPURION_METHOD_IG) {
         bytes += n * d * sizeof(float);
     }
-    return bytes + host_rows_bytes(e, rows);
+    return bytes;
 }
 
-/* The most rows that fit engine.memory_max, at most engine.tokens_max. */
+/* Whether passes of so many rows fit: host memory into engine.memory_max; the blocks of a device with memory of its own into what it has
+ * left beside the weights, less a reserve for its allocator and its work lists. */
+static bool rows_fit(const spurion_engine *e, int rows)
+{
+    size_t limit = e->config->engine.memory_max, host = HOST_RESERVE_BYTES + host_rows_bytes(e, rows), blocks = device_rows_bytes(e, rows);
+
+    if (e->dev->own_memory) {
+        size_t reserve = e->device_free / 32 + DEVICE_RESERVE_BYTES;
+        return host <= limit && e->device_free > reserve && blocks <= e->device_free - reserve;
+    }
+    return e->weights_bytes + host <= limit && blocks <= limit - e->weights_bytes - host;
+}
+
+/* Says what there is too little of. */
+static spurion_status rows_refuse(const spurion_engine *e, int wanted, int found)
+{
+    const spurion_config *c = e->config;
+
+    if (e->dev->own_memory) {
+        return spurion_error(SPURION_RESOURCE_EXHAUSTED,
+                             "memory: expected room for model.max_tokens = %d tokens in one pass, found room for %d: device %s has %zu MiB left beside "
+                             "%zu MiB of weights; engine.memory_max = %" PRIu64 " MiB for the host, engine.tokens_max = %d (lower model.max_tokens)",
+                             wanted, found, c->engine.device, e->device_free >> 20, e->weights_bytes >> 20, c->engine.memory_max >> 20,
+                             c->engine.tokens_max);
+    }
+    return spurion_error(SPURION_RESOURCE_EXHAUSTED,
+                         "memory: expected room for model.max_tokens = %d tokens in one pass, found room for %d: weights take %zu MiB of "
+                         "engine.memory_max = %" PRIu64 " MiB, engine.tokens_max = %d (raise these, or lower model.max_tokens)",
+                         wanted, found, e->weights_bytes >> 20, c->engine.memory_max >> 20, c->engine.tokens_max);
+}
+
+/* The most rows that fit, at most engine.tokens_max. */
 static spurion_status rows_choose(spurion_engine *e)
 {
     const spurion_config *c = e->config;
-    size_t limit = c->engine.memory_max, fixed = e->weights_bytes + HOST_RESERVE_BYTES;
     int low = 0, high = c->engine.tokens_max, context = e->model->config.context;
     int wanted = c->model.max_tokens ? c->model.max_tokens : context;
 
     wanted = wanted < context ? wanted : context;
+    e->device_free = e->dev->own_memory ? e->dev->ops->memory_free(e->dev) : 0;
     while (low < high) {
         int middle = low + (high - low + 1) / 2;
-        if (fixed < limit && passes_bytes(e, middle) <= limit - fixed) {
+        if (rows_fit(e, middle)) {
             low = middle;
         } else {
             high = middle - 1;
         }
     }
     if (low < 16 || (c->model.max_tokens && low < wanted)) {
-        return spurion_error(SPURION_RESOURCE_EXHAUSTED,
-                             "memory: expected room for model.max_tokens = %d tokens in one pass, found room for %d: weights take %zu MiB of "
-                             "engine.memory_max = %zu MiB, engine.tokens_max = %d (raise these, or lower model.max_tokens)",
-                             wanted, low, e->weights_bytes >> 20, limit >> 20, c->engine.tokens_max);
+        return rows_refuse(e, wanted, low);
     }
     e->rows_max = low;
     e->sequence.tokens_max = wanted < low ? wanted : low;
@@ -785,5 +815,8 @@ void spurion_engine_describe(const spurion_engine *e, FILE *out)
     fprintf(out, "rollouts   up to %d tokens; %d tokens in one pass\n", e->sequence.tokens_max, e->rows_max);
     fprintf(out, "memory     weights %.1f MiB, passes %.1f MiB, host %.1f MiB; peak resident size %.0f MiB\n", mebibytes(e->weights_bytes),
             mebibytes(e->buffers_bytes), mebibytes(e->host_bytes), mebibytes(e->peak_bytes));
+    if (e->dev->own_memory) {
+        fprintf(out, "           on the device %.1f MiB were left beside the weights: a budget of %d tokens in one pass\n", mebibytes(e->device_free), e->rows_max);
+    }
     fprintf(out, "provenance %s\n", e->provenance);
 }

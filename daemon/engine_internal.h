@@ -62,6 +62,7 @@ struct spurion_engine {
     void *observe_context;
 
     size_t weights_bytes, buffers_bytes, host_bytes, peak_bytes;
+    size_t device_free; /* of a device with its own memory, beside the weights */
     unsigned char weights_digest[32];
     char provenance[17];
     char *provenance_text;

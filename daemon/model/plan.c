@@ -1,7 +1,6 @@
 /* Memory layout of the passes; see plan.h. Pure: no allocation, no state. */
 #include "daemon/model/plan.h"
 
-#define PLAN_CHUNK 512  /* rows of the row-wise scratch: whole weight tiles, small enough for the second-level caches */
 #define PLAN_SCORED 1024 /* sequences of one pass */
 
 /* A block being laid out; base NULL counts only. */
@@ -150,7 +149,7 @@ spurion_plan spurion_plan_make(spurion_workspace *w, const spurion_plan_input *i
     w->rows_max = in->rows;
     w->scored_max = in->rows < PLAN_SCORED ? in->rows : PLAN_SCORED;
     w->saved_rows = in->gradients ? in->rows : 0;
-    w->chunk = in->rows < PLAN_CHUNK ? in->rows : PLAN_CHUNK;
+    w->chunk = in->rows < in->chunk ? in->rows : in->chunk;
     w->first_kept = in->lowest_point / 4 < in->config->layers ? in->lowest_point / 4 : in->config->layers;
     kept_make(w, &k, in);
     scratch_make(w, &s, in);

@@ -11,6 +11,7 @@ typedef struct spurion_plan_input {
     int lowest_point; /* lowest hook point; 4 * layers + 1: none */
     bool gradients;   /* attribution is on: activations of blocks above are saved */
     bool variants;    /* ablation or ig: keys and values of a second pass stand beside the first's */
+    int chunk;        /* rows of the row-wise scratch: the device's row_chunk */
 } spurion_plan_input;
 
 /* Bytes of the two blocks: what a judgement keeps (keys, values, saved activations) and scratch. */

@@ -456,7 +456,7 @@ static spurion_status matrix_fill(spurion_cuda *cuda, spurion_matrix *m, const f
     }
     SPURION_CUDA_DO(spurion_cuda_reserve(cuda, &cuda->pad_in, pad * spurion_dtype_bytes(m->dtype)));
     SPURION_CUDA_DO(spurion_cuda_reserve(cuda, &cuda->pad_out, pad * sizeof(float)));
-    if (m->directions & SPURION_FORWARD) {
+    if (m->directions & (SPURION_FORWARD | SPURION_SELECT)) { /* SELECT: nothing cheaper is tried here */
         SPURION_CUDA_DO(plan_get(&m->forward, cuda, m, true));
     }
     if (m->directions & SPURION_BACKWARD) {

@@ -28,6 +28,8 @@ static spurion_ops make_table(void)
     FILL(cast);
     FILL(add);
     FILL(dot_rows);
+    FILL(mean_rows);
+    FILL(mean_rows_backward);
     FILL(norm);
     FILL(norm_backward);
     FILL(rope);
