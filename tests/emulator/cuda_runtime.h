@@ -4,7 +4,7 @@
  * A CUDA thread is a fiber; a block runs to its end before the next; a stream's work runs when somebody waits for it, no sooner, and device
  * memory can be touched by nothing else. Environment:
  *   SPURION_EMULATOR_ORDER=N   the order in which a block's threads run: 0 ascending (default), 1 descending, else shuffled by N
- *   SPURION_EMULATOR_FAIL=N    kernel number N of the process fails with an illegal address
+ *   SPURION_EMULATOR_FAIL=FILE  once FILE exists the next kernel fails with an illegal address, and everything after it
  *   SPURION_EMULATOR_MIB=N     memory of the device (default 4096)
  * Thread: one host thread at a time. Memory: mapped per allocation, with a guard page behind each. */
 #ifndef SPURION_EMULATOR_CUDA_RUNTIME_H

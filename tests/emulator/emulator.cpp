@@ -13,6 +13,7 @@
 #include <vector>
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 dim3 emulated_thread_index, emulated_block_index, emulated_block_dim, emulated_grid_dim;
 
@@ -188,7 +189,7 @@ std::map<const void *, int> shared_allowed;
 std::deque<std::function<void()>> queue;
 size_t used_bytes;
 cudaError_t sticky = cudaSuccess;
-unsigned long enqueued, executed, kernels;
+unsigned long enqueued, executed;
 bool open_now;
 
 void protect(int how)
@@ -339,8 +340,8 @@ cudaError_t emulated_launch(const void *kernel, dim3 grid, dim3 block, size_t sh
         return cudaErrorInvalidValue; /* cudaFuncSetAttribute was not asked */
     }
     return emulated_enqueue(s, [=] {
-        static const unsigned long fail = (unsigned long)environment("SPURION_EMULATOR_FAIL", 0);
-        if (++kernels == fail) {
+        static const char *const fail = std::getenv("SPURION_EMULATOR_FAIL");
+        if (fail != nullptr && access(fail, F_OK) == 0) {
             sticky = cudaErrorIllegalAddress;
             return;
         }
