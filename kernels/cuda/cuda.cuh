@@ -180,6 +180,7 @@ SPURION_CUDA_DECLARE(activation);
 SPURION_CUDA_DECLARE(activation_backward);
 SPURION_CUDA_DECLARE(sae_scratch_bytes);
 SPURION_CUDA_DECLARE(sae_encode);
+SPURION_CUDA_DECLARE(sae_encode_members);
 SPURION_CUDA_DECLARE(sae_attribute);
 SPURION_CUDA_DECLARE(sae_subtract);
 SPURION_CUDA_DECLARE(sae_bias_dot);

@@ -4,8 +4,6 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "kernels/cuda/table.cuh"
-
 #if defined(SPURION_EMULATED) /* small, so that tests see the ring turn over and weights come in pieces */
 enum { STAGING_HALF = 64 << 10, WIDE_BYTES = 40 << 10, WORKSPACE_BYTES = 4096, ROW_CHUNK = 192 };
 #else

@@ -78,6 +78,8 @@ typedef struct select_args {
     float *value;
     int F, k, slots;
     spurion_sae_kind kind;
+    const int32_t *member; /* of lists: index of each of the F features in the whole dictionary; of TOPK: the features that are listed; or NULL */
+    int member_count;
 } select_args;
 
 /* f of feature i from its product (bias included): not positive where it is silent. */
@@ -117,7 +119,7 @@ static __device__ inline int write_list(const select_args &a, const float *row, 
             bool is_tie = bits[n] == bar;
             int place = to + (tie < ties ? tie : ties);
             if ((bits[n] > bar || (is_tie && tie < ties)) && place < a.slots) {
-                a.index[t * (size_t)a.slots + (size_t)place] = first + n;
+                a.index[t * (size_t)a.slots + (size_t)place] = a.member == NULL ? first + n : a.member[first + n];
                 a.value[t * (size_t)a.slots + (size_t)place] = __uint_as_float(bits[n]);
             }
             to += bits[n] > bar;
@@ -178,6 +180,39 @@ static __device__ inline int positive_count(const select_args &a, const float *r
     return total;
 }
 
+/* What write_list would list stays in the row, everything else becomes 0. */
+static __device__ inline void keep_taken(const select_args &a, float *row, uint32_t bar, int ties)
+{
+    int tied = 0;
+    for (int base = 0; base < a.F; base += THREADS) {
+        int i = base + (int)threadIdx.x, total;
+        uint32_t bits = i < a.F ? rank_bits(row[i]) : 0u;
+        int before = tied + spurion_scan(bits == bar, &total);
+        if (i < a.F && !(bits > bar || (bits == bar && before < ties))) {
+            row[i] = 0.0f;
+        }
+        tied += total;
+    }
+}
+
+/* Writes the members that are left in the row, in order; gives their number. */
+static __device__ inline int write_members(const select_args &a, const float *row, size_t t)
+{
+    int taken = 0;
+    for (int base = 0; base < a.member_count; base += THREADS) {
+        int m = base + (int)threadIdx.x, total;
+        int32_t i = m < a.member_count ? a.member[m] : 0;
+        float v = m < a.member_count ? row[i] : 0.0f;
+        int place = taken + spurion_scan(v > 0.0f, &total);
+        if (v > 0.0f && place < a.slots) {
+            a.index[t * (size_t)a.slots + (size_t)place] = i;
+            a.value[t * (size_t)a.slots + (size_t)place] = v;
+        }
+        taken += total;
+    }
+    return taken;
+}
+
 /* --- groups --- */
 
 /* Leaves only the largest of each group in the row (the lowest index of equals), and that only where it is positive. A warp per group. */
@@ -233,20 +268,28 @@ static __global__ void __launch_bounds__(THREADS) select_kernel(select_args a)
         bar = find_digit(bins, a, row, bar, 0, 10, &need);
         ties = need;
     }
-    int held = write_list(a, row, t, bar, ties, twice); /* bar 0: all that is positive */
+    int held;
+    if (a.kind == SPURION_SAE_TOPK && a.member != NULL) {
+        keep_taken(a, row, bar, ties);
+        __syncthreads();
+        held = write_members(a, row, t);
+    } else {
+        held = write_list(a, row, t, bar, ties, twice); /* bar 0: all that is positive */
+    }
     if (threadIdx.x == 0) {
         a.count[t] = held;
     }
 }
 
-static spurion_status encode_chunk(spurion_cuda *cuda, spurion_sparse *out, const spurion_sae_weights *sae, const float *x, char *scratch, int first, int rows,
-                                   int most)
+/* Rows first .. first + rows - 1. member: NULL, or as in select_args. */
+static spurion_status encode_chunk(spurion_cuda *cuda, spurion_sparse *out, const spurion_sae_weights *sae, const int32_t *member, int member_count,
+                                   const float *x, char *scratch, int first, int rows, int most)
 {
     void *u = scratch;
     float *pre = (float *)(void *)(scratch + input_bytes(sae, most));
     size_t at = (size_t)first, slots = (size_t)out->slots;
     select_args a = {pre, sae->threshold, sae->scale, sae->gate_bias, sae->mag_scale, sae->mag_bias, out->count + at, out->index + at * slots,
-                     out->value + at * slots, sae->F, sae->k, out->slots, sae->kind};
+                     out->value + at * slots, sae->F, sae->k, out->slots, sae->kind, member, member_count};
     SPURION_CUDA(cuda, spurion_cuda_launch(cuda, prepare_kernel, dim3((unsigned)rows), THREADS, 0, u, out->token_scale + at, out->token_shift + at,
                                            x + at * (size_t)sae->d, sae->d, sae->norm, sae->enc->dtype));
     SPURION_CUDA_DO(spurion_cuda_product_padded(cuda, pre, u, sae->enc, rows));
@@ -254,20 +297,39 @@ static spurion_status encode_chunk(spurion_cuda *cuda, spurion_sparse *out, cons
     return spurion_ok();
 }
 
+static spurion_status encode_rows(spurion_cuda *cuda, spurion_sparse *out, const spurion_sae_weights *sae, const int32_t *member, int member_count,
+                                  const float *x, void *scratch, int T)
+{
+    double t = T, d = sae->d, F = sae->F;
+    char *place = (char *)scratch + (-(size_t)scratch & 255);
+    int most = chunk_rows(sae, T);
+    SPURION_CUDA_DO(spurion_cuda_begin(cuda));
+    for (int first = 0; first < T; first += most) {
+        SPURION_CUDA_DO(encode_chunk(cuda, out, sae, member, member_count, x, place, first, T - first < most ? T - first : most, most));
+    }
+    return spurion_cuda_end(cuda, SPURION_CLASS_SAE_ENCODE, 2 * t * d * F, 4 * t * d + d * F * (double)spurion_dtype_bytes(sae->enc->dtype));
+}
+
 extern "C" spurion_status spurion_cuda_sae_encode(spurion_dev *dev, spurion_sparse *out, const spurion_sae_weights *sae, const float *x, void *scratch, int T)
 {
     spurion_cuda *cuda = spurion_cuda_of(dev);
-    double t = T, d = sae->d, F = sae->F;
     if (sae->enc->N != sae->F || (sae->kind == SPURION_SAE_GROUPMAX && (sae->k <= 0 || sae->F % sae->k != 0)) ||
         (sae->kind == SPURION_SAE_TOPK && (sae->k <= 0 || sae->k > out->slots))) {
         return spurion_error(SPURION_INVALID_ARGUMENT, "SAE: expected an encoder of %d features and k that fits %d slots, found %d, k %d", sae->F, out->slots,
                              sae->enc->N, sae->k);
     }
-    SPURION_CUDA_DO(spurion_cuda_begin(cuda));
-    char *place = (char *)scratch + (-(size_t)scratch & 255);
-    int most = chunk_rows(sae, T);
-    for (int first = 0; first < T; first += most) {
-        SPURION_CUDA_DO(encode_chunk(cuda, out, sae, x, place, first, T - first < most ? T - first : most, most));
+    return encode_rows(cuda, out, sae, NULL, 0, x, scratch, T);
+}
+
+/* Lists: the part is a dictionary of its own. Top-k: the whole dictionary is encoded, and the members of what it keeps are listed. */
+extern "C" spurion_status spurion_cuda_sae_encode_members(spurion_dev *dev, spurion_sparse *out, const spurion_sae_weights *sae,
+                                                          const spurion_sae_weights *part, const int32_t *member, const float *x, void *scratch, int T)
+{
+    spurion_cuda *cuda = spurion_cuda_of(dev);
+    bool lists = sae->kind != SPURION_SAE_TOPK;
+    if (part->F > out->slots || part->enc->N != part->F || sae->enc->N != sae->F || sae->kind == SPURION_SAE_GROUPMAX) {
+        return spurion_error(SPURION_INVALID_ARGUMENT, "SAE members: expected at most %d (slots) of a kind other than groupmax, found %d", out->slots,
+                             part->F);
     }
-    return spurion_cuda_end(cuda, SPURION_CLASS_SAE_ENCODE, 2 * t * d * F, 4 * t * d + d * F * (double)spurion_dtype_bytes(sae->enc->dtype));
+    return encode_rows(cuda, out, lists ? part : sae, member, part->F, x, scratch, T);
 }

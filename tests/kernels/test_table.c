@@ -22,6 +22,9 @@ static void test_table_has_no_hole(void **state)
     kt_open(&t, SPURION_F32, 1);
     check_table(t.ops);
     check_table(spurion_ops_cpu());
+#if defined(SPURION_WITH_CUDA)
+    check_table(spurion_ops_cuda()); /* needs no device */
+#endif
     kt_close(&t);
 }
 

@@ -219,8 +219,9 @@ typedef struct spurion_ops {
     spurion_status (*sae_shrink)(spurion_dev *dev, float *x, const spurion_sparse *f, const spurion_sae_weights *sae, const float *a, int T);
 } spurion_ops;
 
-/* The tables; cuda is NULL in builds without CUDA. */
+/* The tables; a build without CUDA has no spurion_ops_cuda. */
 const spurion_ops *spurion_ops_cpu(void);
+const spurion_ops *spurion_ops_cuda(void);
 spurion_status spurion_dev_create_cpu(spurion_dev **out, spurion_dtype dtype, int threads) SPURION_MUST_USE;
 spurion_status spurion_dev_create_cuda(spurion_dev **out, spurion_dtype dtype, int ordinal) SPURION_MUST_USE;
 

@@ -1,0 +1,214 @@
+/* A device against its CPU twin, op by op, on the same numbers (the other programs of this folder compare with doubles); and a sweep over M:
+ * a row's product is the same bits whatever the number of rows. SPURION_TEST_DEVICE names the device. SPURION_TEST_SHAPES=real adds the
+ * shapes of GPT-J-6B and Llama-3-8B to the sweep (a GPU's work: hundreds of GFLOP). Seed 20261121. */
+#include "kernel_test.h"
+
+#include <math.h>
+
+/* The same test on two devices: buffers are made in the same order, so that seeds and places agree. */
+typedef struct pair {
+    kt cpu, dev;
+} pair;
+
+static void open_pair(pair *p, spurion_dtype dtype)
+{
+    const char *name = getenv("SPURION_TEST_DEVICE");
+    char keep[32];
+    assert_non_null(name); /* comparing the CPU with itself shows nothing */
+    (void)snprintf(keep, sizeof keep, "%s", name);
+    kt_open(&p->dev, dtype, 2);
+    setenv("SPURION_TEST_DEVICE", "cpu", 1);
+    kt_open(&p->cpu, dtype, 2);
+    setenv("SPURION_TEST_DEVICE", keep, 1);
+}
+
+static void close_pair(pair *p)
+{
+    kt_close(&p->cpu);
+    kt_close(&p->dev);
+}
+
+static void compare(const char *name, const float *cpu, const float *dev, size_t n, kt_tolerance tolerance)
+{
+    double *want = malloc((n + 1) * sizeof *want);
+    assert_non_null(want);
+    for (size_t i = 0; i < n; i++) {
+        want[i] = cpu[i];
+    }
+    kt_near(name, dev, want, n, tolerance);
+    free(want);
+}
+
+/* f32 results agree to a few units in the last place of sums; bf16 results may land on either side of a rounding. */
+static kt_tolerance twin_tolerance(const pair *p, bool act)
+{
+    return act && p->cpu.dev->dtype == SPURION_BF16 ? (kt_tolerance){1e-5, 6e-2} : (kt_tolerance){1e-11, 1e-4};
+}
+
+static void rowwise(kt *t, float **norm, float **rope, float **act, float **back, int T, int C)
+{
+    size_t n = (size_t)T * (size_t)C;
+    int heads = C > 256 ? 5 : 1;
+    kt_seed(t, 7);
+    float *x = kt_floats(t, 2 * n, 1.0), *w = kt_floats(t, (size_t)C, 1.0), *angles = kt_floats(t, (size_t)T * (size_t)C, 1.0);
+    int32_t *positions = malloc((size_t)T * sizeof *positions);
+    assert_non_null(positions);
+    for (int i = 0; i < T; i++) {
+        positions[i] = (i * 7) % T;
+    }
+    void *dx = kt_in(t, x, 2 * n * 4), *dw = kt_in(t, w, (size_t)C * 4), *table = kt_in(t, angles, n * 4), *places = kt_in(t, positions, (size_t)T * 4);
+    void *a = kt_out(t, n * 4), *b = kt_out(t, n * 4), *c = kt_out(t, n * 4), *d = kt_out(t, 2 * n * 4);
+    KT_OK(t->ops->norm(t->dev, NULL, a, C, NULL, dx, C, dw, dw, (spurion_rows){T, 1, C}, 1e-5f, SPURION_NORM_LAYER, SPURION_OVERWRITE));
+    KT_OK(t->ops->rope_f32(t->dev, b, C, dx, C, places, table, (spurion_rows){T, heads, C / heads}, C / heads / 2 * 2, SPURION_ROPE_HALF, 0));
+    KT_OK(t->ops->activation(t->dev, c, dx, T, C, SPURION_ACT_GELU_TANH, 1));
+    KT_OK(t->ops->activation_backward(t->dev, d, dx, a, T, C, SPURION_ACT_SILU, 1));
+    *norm = kt_read_floats(t, a, n), *rope = kt_read_floats(t, b, n), *act = kt_read_act(t, c, n), *back = kt_read_act(t, d, 2 * n);
+    free(x), free(w), free(angles), free(positions);
+}
+
+static void test_twin_row_wise_ops_agree(void **state)
+{
+    static const int sizes[][2] = {{1, 8}, {37, 96}, {5, 250}, {130, 64}, {3, 1100}};
+    (void)state;
+    for (int dtype = SPURION_F32; dtype <= SPURION_BF16; dtype++) {
+        for (size_t i = 0; i < KT_COUNT(sizes); i++) {
+            pair p;
+            float *r[2][4];
+            size_t n = (size_t)sizes[i][0] * (size_t)sizes[i][1];
+            open_pair(&p, (spurion_dtype)dtype);
+            rowwise(&p.cpu, &r[0][0], &r[0][1], &r[0][2], &r[0][3], sizes[i][0], sizes[i][1]);
+            rowwise(&p.dev, &r[1][0], &r[1][1], &r[1][2], &r[1][3], sizes[i][0], sizes[i][1]);
+            compare("norm", r[0][0], r[1][0], n, twin_tolerance(&p, false));
+            compare("rope_f32", r[0][1], r[1][1], n, twin_tolerance(&p, false));
+            compare("activation", r[0][2], r[1][2], n, twin_tolerance(&p, true));
+            compare("activation_backward", r[0][3], r[1][3], 2 * n, twin_tolerance(&p, true));
+            for (int k = 0; k < 8; k++) {
+                free(r[k / 4][k % 4]);
+            }
+            close_pair(&p);
+        }
+    }
+}
+
+static void products(kt *t, float **forward, float **backward, int T, int N, int K)
+{
+    kt_seed(t, 11);
+    float *w = kt_floats(t, (size_t)N * (size_t)K, 0.1), *bias = kt_floats(t, (size_t)N, 1.0), *x = kt_floats(t, (size_t)T * (size_t)K, 1.0);
+    float *dy = kt_floats(t, (size_t)T * (size_t)N, 1.0);
+    spurion_matrix *m;
+    KT_OK(t->ops->matrix_create(t->dev, &m, w, bias, N, K, SPURION_FORWARD | SPURION_BACKWARD, t->dev->dtype));
+    float *out = kt_in(t, dy, (size_t)T * (size_t)N * 4), *dx = kt_out(t, (size_t)T * (size_t)K * 4);
+    KT_OK(t->ops->linear(t->dev, out, N, kt_in_act(t, x, (size_t)T * (size_t)K), m, T, SPURION_ACCUMULATE));
+    KT_OK(t->ops->linear_backward(t->dev, dx, kt_in_act(t, dy, (size_t)T * (size_t)N), m, T, SPURION_OVERWRITE));
+    *forward = kt_read_floats(t, out, (size_t)T * (size_t)N);
+    *backward = kt_read_floats(t, dx, (size_t)T * (size_t)K);
+    t->ops->matrix_destroy(t->dev, m);
+    free(w), free(bias), free(x), free(dy);
+}
+
+static void test_twin_products_agree(void **state)
+{
+    static const int sizes[][3] = {{1, 8, 8}, {130, 96, 64}, {257, 40, 72}, {6, 33, 17}};
+    (void)state;
+    for (int dtype = SPURION_F32; dtype <= SPURION_BF16; dtype++) {
+        for (size_t i = 0; i < KT_COUNT(sizes); i++) {
+            pair p;
+            float *r[4];
+            int T = sizes[i][0], N = sizes[i][1], K = sizes[i][2];
+            open_pair(&p, (spurion_dtype)dtype);
+            products(&p.cpu, &r[0], &r[1], T, N, K);
+            products(&p.dev, &r[2], &r[3], T, N, K);
+            compare("linear", r[0], r[2], (size_t)T * (size_t)N, (kt_tolerance){1e-11, 1e-4});
+            compare("linear_backward", r[1], r[3], (size_t)T * (size_t)K, (kt_tolerance){1e-11, 1e-4});
+            for (int k = 0; k < 4; k++) {
+                free(r[k]);
+            }
+            close_pair(&p);
+        }
+    }
+}
+
+/* --- the sweep over M --- */
+
+typedef struct sweep_shape {
+    int N, K;
+    bool real;
+} sweep_shape;
+
+static const sweep_shape shapes[] = {
+    {96, 64, false},      {200, 136, false},                                                                /* small, always */
+    {4096, 4096, true},   {8192, 4096, true},   {16384, 4096, true}, {4096, 16384, true},                   /* GPT-J-6B: q, o; kv; up; down */
+    {2048, 4096, true},   {28672, 4096, true},  {4096, 14336, true}, {65536, 4096, true},                   /* Llama-3-8B: kv; gate and up; down; an SAE */
+};
+
+static void fill_weights(float *w, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        w[i] = (float)((double)((i * 2654435761u) % 20011u) / 20011.0 - 0.5) * 0.05f;
+    }
+}
+
+/* Rows 0 .. M - 1 of one input, for every M of the list, against the same rows of the longest run. */
+static void sweep(kt *t, const spurion_matrix *m, int outputs, int inner, bool backward, const int *sizes, int count)
+{
+    int most = sizes[count - 1];
+    float *x = kt_floats(t, (size_t)most * (size_t)inner, 1.0);
+    void *in = m == NULL ? NULL : kt_in_act(t, x, (size_t)most * (size_t)inner);
+    float *all = NULL;
+    for (int i = count - 1; i >= 0; i--) {
+        size_t bytes = (size_t)sizes[i] * (size_t)outputs * sizeof(float);
+        void *out;
+        KT_OK(t->ops->alloc(t->dev, &out, bytes));
+        KT_OK(backward ? t->ops->linear_backward(t->dev, out, in, m, sizes[i], SPURION_OVERWRITE)
+                       : t->ops->linear(t->dev, out, outputs, in, m, sizes[i], SPURION_OVERWRITE));
+        float *got = kt_read_floats(t, out, (size_t)sizes[i] * (size_t)outputs);
+        t->ops->free(t->dev, out);
+        if (all == NULL) {
+            all = got;
+            continue;
+        }
+        kt_same_bits("rows of a shorter run", got, all, bytes);
+        free(got);
+    }
+    free(x), free(all);
+}
+
+static void test_twin_row_is_the_same_whatever_m_is(void **state)
+{
+    static const int small[] = {1, 2, 7, 16, 63, 64, 65, 127, 128, 129, 200, 256, 300}, large[] = {1, 3, 64, 127, 128, 129, 255, 512, 1000, 1024, 2000, 2048};
+    const char *real = getenv("SPURION_TEST_SHAPES");
+    bool with_real = real != NULL && strcmp(real, "real") == 0;
+    (void)state;
+    for (int dtype = SPURION_F32; dtype <= SPURION_BF16; dtype++) {
+        for (size_t i = 0; i < KT_COUNT(shapes); i++) {
+            const sweep_shape *s = &shapes[i];
+            if (s->real && (!with_real || (dtype == SPURION_F32 && s->N != 65536))) { /* models run in bf16, SAEs in f32 */
+                continue;
+            }
+            kt t;
+            spurion_matrix *m;
+            float *w = malloc((size_t)s->N * (size_t)s->K * sizeof *w), *bias = calloc((size_t)s->N, sizeof *bias);
+            assert_non_null(w);
+            assert_non_null(bias);
+            fill_weights(w, (size_t)s->N * (size_t)s->K);
+            kt_open(&t, (spurion_dtype)dtype, 2);
+            KT_OK(t.ops->matrix_create(t.dev, &m, w, i % 2 ? bias : NULL, s->N, s->K, SPURION_FORWARD | SPURION_BACKWARD, (spurion_dtype)dtype));
+            sweep(&t, m, s->N, s->K, false, s->real ? large : small, s->real ? (int)KT_COUNT(large) : (int)KT_COUNT(small));
+            sweep(&t, m, s->K, s->N, true, s->real ? large : small, s->real ? (int)KT_COUNT(large) : (int)KT_COUNT(small));
+            printf("%s (N %d, K %d): the same bits for every M, both directions\n", dtype == SPURION_BF16 ? "bf16" : "f32", s->N, s->K);
+            t.ops->matrix_destroy(t.dev, m);
+            free(w), free(bias);
+            kt_close(&t);
+        }
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_twin_row_wise_ops_agree),
+        cmocka_unit_test(test_twin_products_agree),
+        cmocka_unit_test(test_twin_row_is_the_same_whatever_m_is),
+    };
+    return cmocka_run_group_tests_name("twin", tests, NULL, NULL);
+}
