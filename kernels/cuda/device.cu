@@ -90,7 +90,7 @@ static spurion_status choose_device(spurion_cuda *cuda, int ordinal)
     }
     cuda->multiprocessors = prop.multiProcessorCount;
     cuda->shared_max = prop.sharedMemPerBlockOptin;
-    (void)snprintf(cuda->dev.name, sizeof cuda->dev.name, "cuda:%d %.48s, capability %d.%d, CUDA %d.%d, driver %d.%d, cuBLASLt %zu", ordinal, prop.name,
+    (void)snprintf(cuda->dev.name, sizeof cuda->dev.name, "cuda:%d %.64s, capability %d.%d, CUDA %d.%d, driver %d.%d, cuBLASLt %zu", ordinal, prop.name,
                    prop.major, prop.minor, runtime / 1000, runtime % 1000 / 10, driver / 1000, driver % 1000 / 10, cublasLtGetVersion());
     return spurion_ok();
 }

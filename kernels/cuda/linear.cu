@@ -269,13 +269,18 @@ static void proof_give_back(proof *f)
     }
 }
 
+/* Whether an algorithm says that it splits K. One that does not tell has the proof to pass. */
 static bool splits(const cublasLtMatmulAlgo_t *algo)
 {
-    uint32_t parts = 0, scheme = 0;
+    uint32_t parts = 1, scheme = CUBLASLT_REDUCTION_SCHEME_NONE;
     size_t written = 0;
-    return cublasLtMatmulAlgoConfigGetAttribute(algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &parts, sizeof parts, &written) != CUBLAS_STATUS_SUCCESS ||
-           cublasLtMatmulAlgoConfigGetAttribute(algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &scheme, sizeof scheme, &written) != CUBLAS_STATUS_SUCCESS ||
-           parts > 1 || scheme != CUBLASLT_REDUCTION_SCHEME_NONE;
+    if (cublasLtMatmulAlgoConfigGetAttribute(algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &parts, sizeof parts, &written) != CUBLAS_STATUS_SUCCESS) {
+        parts = 1;
+    }
+    if (cublasLtMatmulAlgoConfigGetAttribute(algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &scheme, sizeof scheme, &written) != CUBLAS_STATUS_SUCCESS) {
+        scheme = CUBLASLT_REDUCTION_SCHEME_NONE;
+    }
+    return parts > 1 || scheme != CUBLASLT_REDUCTION_SCHEME_NONE;
 }
 
 static cublasStatus_t preference_make(cublasLtMatmulPreference_t *out, const spurion_cuda *cuda, const spurion_cuda_plan *p)
@@ -341,6 +346,10 @@ static spurion_status choose_algorithm(spurion_cuda *cuda, spurion_cuda_plan *p,
     p->fixed = !p->plain && !same;
     if (p->fixed) {
         p->algo = results[first].algo;
+    }
+    if (st.code == SPURION_OK && (p->fixed || p->plain)) { /* slow: `spuriond check` shows it beside the device's name */
+        size_t used = strlen(cuda->dev.name);
+        (void)snprintf(cuda->dev.name + used, sizeof cuda->dev.name - used, "; (%d, %d) %s", p->outputs, p->inner, p->plain ? "by plain loops" : "in fixed steps");
     }
     return st;
 }

@@ -50,7 +50,7 @@ typedef struct spurion_dev {
     int thread_count;        /* CPU: workers in use, with the caller */
     int row_chunk;           /* rows at a time that suit row-wise work between two matrix products */
     bool own_memory;         /* its memory is not the process's: never touched but through the ops, and counted apart */
-    char name[128];          /* "cpu avx512_core_amx 2 threads" */
+    char name[256];          /* "cpu avx512_core_amx 2 threads" */
     spurion_profile profile; /* filled by every op; reset by whoever reads it */
 } spurion_dev;
 
