@@ -100,6 +100,18 @@ static size_t lane_at(const lanes *l, int r, int heads, int group, int hd)
     return (row * (size_t)heads + (size_t)(l->kv_head * group + r % group)) * (size_t)hd;
 }
 
+/* rows (count, w) = the lanes' rows of q; 0 where a lane holds nothing. */
+static void load_lanes(uint16_t *rows, const lanes *l, const void *q, spurion_attention_shape a, int w)
+{
+    for (int r = 0; r < l->count; r++) {
+        if (l->position[r] < 0) {
+            memset(rows + (size_t)(r * w), 0, (size_t)w * 2);
+        } else {
+            copy_row(rows + (size_t)(r * w), (const uint16_t *)q + lane_at(l, r, a.heads, a.heads / a.kv_heads, a.head_dim), a.head_dim, w);
+        }
+    }
+}
+
 /* The lanes that keys first .. first + KEYS - 1 concern, as groups [*low, *high) of LANES; positions ascend with the lanes. */
 static void lanes_seeing(int *low, int *high, const lanes *l, int block, int group, int window)
 {
@@ -176,13 +188,9 @@ static void place_forward(half_tile *h, const attention_job *j, char *scratch)
 
 static void begin_forward(half_tile *h, const attention_job *j)
 {
-    int w = j->width, hd = j->shape.head_dim;
+    int w = j->width;
+    load_lanes(h->rows, &h->l, j->q, j->shape, w);
     for (int r = 0; r < h->l.count; r++) {
-        if (h->l.position[r] < 0) {
-            memset(h->rows + (size_t)(r * w), 0, (size_t)w * 2);
-        } else {
-            copy_row(h->rows + (size_t)(r * w), (const uint16_t *)j->q + lane_at(&h->l, r, j->shape.heads, j->group, hd), hd, w);
-        }
         h->max[r] = -__builtin_inff();
         h->sum[r] = 0;
     }
@@ -333,14 +341,8 @@ static void place_backward(back_half *h, const back_job *j, char *scratch)
 
 static void load_queries(back_half *h, const back_job *j)
 {
-    int w = j->width, hd = j->shape.head_dim;
-    for (int r = 0; r < h->l.count; r++) {
-        if (h->l.position[r] < 0) {
-            memset(h->rows + (size_t)(r * w), 0, (size_t)w * 2);
-        } else {
-            copy_row(h->rows + (size_t)(r * w), (const uint16_t *)j->q + lane_at(&h->l, r, j->shape.heads, j->group, hd), hd, w);
-        }
-    }
+    int w = j->width;
+    load_lanes(h->rows, &h->l, j->q, j->shape, w);
     spurion_amx_pack_rows(h->q, h->rows, (size_t)w, h->l.count, w);
     spurion_amx_pack_pairs(h->q_pairs, h->rows, (size_t)w, h->l.count, w);
 }
