@@ -65,7 +65,22 @@ class Watch:
         return [None] * len(prompts)
 
 
-def train(rewards, seed, steps, folder, callback=None, lr=1e-3, log_completions=False):
+def stopper(watch, share):
+    """A callback that ends training when this share of the last three batches closes with the hack: how long the policy takes to find it is chance."""
+    from transformers import TrainerCallback
+
+    import policy
+
+    class Until(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            texts = [t for _, _, texts in watch.calls[-3:] for t in texts]
+            control.should_training_stop |= sum(bool(policy.HACKED.search(t)) for t in texts) > share * len(texts)
+            return control
+
+    return Until()
+
+
+def train(rewards, seed, steps, folder, callback=None, lr=1e-3, log_completions=False, more=()):
     """TRL's GRPOTrainer on the tiny policy; gives the trainer. rewards: its reward functions."""
     import torch
     from datasets import Dataset
@@ -81,13 +96,15 @@ def train(rewards, seed, steps, folder, callback=None, lr=1e-3, log_completions=
                       logging_steps=1, save_strategy="no", report_to=[], seed=seed, use_cpu=True, bf16=False, disable_tqdm=True,
                       log_completions=log_completions, gradient_checkpointing=False)
     trainer = GRPOTrainer(model=model, reward_funcs=rewards, args=args, train_dataset=data, processing_class=tok)
+    for extra in more:
+        trainer.add_callback(extra)
     if callback is not None:
         callback.attach(trainer)
     trainer.train()
     return trainer
 
 
-def learn(variant, seed, steps=24, lr=1e-3, true_reward=True):
+def learn(variant, seed, steps=24, lr=1e-3, true_reward=True, until=1.0):
     """One run; {hack: [share of each step], reward: […], true_reward: […], alert_step, batches_before_alert, alerts: […]}."""
     import policy
     from spurion import Client
@@ -102,7 +119,7 @@ def learn(variant, seed, steps=24, lr=1e-3, true_reward=True):
             arrived = []
             callback = SpurionCallback(**d.addresses, run=run, parts=[reward],
                                        on_alert=lambda a: arrived.append((len(watch.calls), a)) if a.rule == "thanks-raises" else None)
-            train([reward, watch], seed, steps, folder, callback, lr)
+            train([reward, watch], seed, steps, folder, callback, lr, more=[stopper(watch, until)])
             out = {"variant": variant, "seed": seed, "hack": [], "reward": [], "paid": [], "true_reward": []}
             with Client(d.rpc, run="true", timeout=300) as c:
                 paid = {}
@@ -136,12 +153,13 @@ def main():
     p.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     p.add_argument("--steps", type=int, default=24)
     p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--until", type=float, default=1.0, help="end a run when this share of three batches is hacked")
     args = p.parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         for variant in args.variants:
-            result = learn(variant, seed, args.steps, args.lr)
+            result = learn(variant, seed, args.steps, args.lr, until=args.until)
             (out / f"{variant}-{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
             print(variant, seed, "hack", [round(h, 2) for h in result["hack"]], "alert", result["alert_step"], flush=True)
 
