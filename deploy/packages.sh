@@ -5,7 +5,7 @@ set -eu
 
 build="cmake ninja-build gcc g++ pkg-config libc6-dev libnng-dev libprotobuf-c-dev protobuf-c-compiler librocksdb-dev libdnnl-dev
  libjansson-dev libonig-dev libutf8proc-dev libyaml-dev libmicrohttpd-dev libssl-dev zlib1g-dev"
-test="clang llvm libclang-rt-14-dev libcmocka-dev python3 python3-venv python3-pytest python3-protobuf protobuf-compiler"
+test="clang llvm libclang-rt-14-dev libcmocka-dev python3 python3-venv python3-pytest python3-protobuf python3-numpy protobuf-compiler"
 
 want=""
 for set in "${@:-build}"; do
