@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from ports import free_port
 
 SOURCE = pathlib.Path(os.environ.get("SPURION_SOURCE", pathlib.Path(__file__).resolve().parents[2]))
 SPURIOND = os.environ["SPURIOND"]
@@ -46,7 +47,8 @@ def test_memory_of_a_flooded_daemon_is_what_check_states(tmp_path):
     spurion = pathlib.Path(SPURIOND).with_name("spurion")
     places = {name: f"ipc://{tmp_path}/{name.lower()}.sock" for name in ("RPC", "ROLLOUTS", "ALERTS")}
     env = os.environ | {"SPURION_" + name: url for name, url in places.items()}
-    command = [SPURIOND, "run", "--config", DEMO / "spurion.yaml", "--set", f"store.path={tmp_path}/store"]
+    command = [SPURIOND, "run", "--config", DEMO / "spurion.yaml", "--set", f"store.path={tmp_path}/store",
+               "--set", f"listen.http=127.0.0.1:{free_port()}"]
     for name, url in places.items():
         command += ["--set", f"listen.{name.lower()}=[{url}]"]
     with open(tmp_path / "log", "wb") as log:

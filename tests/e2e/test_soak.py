@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 
+from ports import free_port
+
 SOURCE = pathlib.Path(os.environ["SPURION_SOURCE"])
 BIN = pathlib.Path(os.environ["SPURION_BIN"])
 DEMO = SOURCE / "deploy" / "demo"
@@ -50,7 +52,8 @@ def publish(env, run, seed):
 def test_soak_memory_and_connections_stay_flat(tmp_path):
     places = {name: f"ipc://{tmp_path}/{name.lower()}.sock" for name in ("RPC", "ROLLOUTS", "ALERTS")}
     env = os.environ | {"SPURION_" + name: url for name, url in places.items()}
-    command = [BIN / "spuriond", "run", "--config", DEMO / "spurion.yaml", "--set", f"store.path={tmp_path}/store"]
+    command = [BIN / "spuriond", "run", "--config", DEMO / "spurion.yaml", "--set", f"store.path={tmp_path}/store",
+               "--set", f"listen.http=127.0.0.1:{free_port()}"]
     for name, url in places.items():
         command += ["--set", f"listen.{name.lower()}=[{url}]"]
     with open(tmp_path / "log", "wb") as log:
