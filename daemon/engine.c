@@ -1,7 +1,6 @@
-/* Life of the engine: loads and checks everything, lays out memory, and turns jobs into passes. See engine.h. */
+/* Life of the engine: loads and checks everything, and turns jobs into passes. See engine.h. */
 #include "daemon/engine_internal.h"
 
-#include <inttypes.h>
 #include <malloc.h>
 #include <math.h>
 #include <stdlib.h>
@@ -14,11 +13,7 @@
 #include "daemon/model/tokenizer.h"
 #include "daemon/rules.h"
 
-#define HOST_RESERVE_BYTES ((size_t)192 << 20) /* code, libraries, tokenizer, jobs in flight: beside the planned blocks */
-#define DEVICE_RESERVE_BYTES ((size_t)64 << 20) /* of a device's own memory: its allocator's grain, lists of work, row sums */
-#define SAE_DTYPE SPURION_F32                   /* thresholds and top-k are discontinuous: encoded as the libraries do, whatever model.dtype is */
-#define IN_HAND_BYTES ((size_t)4 << 20)        /* rollouts in hand while a pass runs: their arenas, the lines of JSON */
-#define IN_HAND_ROW_BYTES 256                  /* and for each token of a full pass: ids, texts, evidence */
+#define SAE_DTYPE SPURION_F32 /* thresholds and top-k are discontinuous: encoded as the libraries do, whatever model.dtype is */
 
 /* What create holds until the device has it. */
 typedef struct loading {
@@ -29,11 +24,6 @@ typedef struct loading {
     spurion_head_choice choice;
     double *weights_of_head; /* (outputs) or NULL */
 } loading;
-
-static spurion_status out_of_memory(const char *what)
-{
-    return spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory for %s", what);
-}
 
 /* model.head_weights: one number for each output. */
 static spurion_status head_weights_read(loading *l, const spurion_config *c)
@@ -46,7 +36,7 @@ static spurion_status head_weights_read(loading *l, const spurion_config *c)
     }
     l->weights_of_head = calloc((size_t)n, sizeof *l->weights_of_head);
     if (!l->weights_of_head) {
-        return out_of_memory("the head's weights");
+        return spurion_engine_out_of_memory("the head's weights");
     }
     for (int i = 0; i < n; i++) {
         char *end;
@@ -179,7 +169,7 @@ static spurion_status points_find(spurion_engine *e, const loading *l)
     e->sae_points = calloc(points, sizeof *e->sae_points);
     e->point_x = calloc(points, sizeof *e->point_x);
     if (!e->hook_points || !e->sae_points || !e->point_x) {
-        return out_of_memory("the hooks");
+        return spurion_engine_out_of_memory("the hooks");
     }
     e->lowest = (int)points;
     for (int i = 0; i < e->config->sae_count; i++) {
@@ -213,234 +203,6 @@ out:
     return st;
 }
 
-/* --- memory --- */
-
-static spurion_plan_input plan_input(const spurion_engine *e, int rows)
-{
-    spurion_plan_input in = {&e->model->config, e->dev->dtype, rows, e->lowest, e->gradients, e->variants, e->dev->row_chunk};
-    return in;
-}
-
-static size_t host_rows_bytes(const spurion_engine *e, int rows)
-{
-    size_t bytes = 0;
-    for (int i = 0; i < e->sae_count; i++) {
-        const spurion_sae_weights *w = &e->saes[i]->full;
-        size_t slots = (size_t)spurion_sae_slots(w->kind, w->k, w->F, rows), part = (size_t)e->saes[i]->watched.F;
-        slots = slots > part ? slots : part;
-        bytes += (size_t)rows * (4 + slots * 8 + (e->gradients ? slots * 4 + 8 : 0)) + (size_t)w->F * 32;
-    }
-    return bytes;
-}
-
-/* Device bytes of passes of so many rows. */
-static size_t device_rows_bytes(const spurion_engine *e, int rows)
-{
-    spurion_workspace w = {0};
-    spurion_plan_input in = plan_input(e, rows);
-    spurion_plan plan = spurion_plan_make(&w, &in, NULL, NULL);
-    size_t d = (size_t)e->model->config.hidden, n = (size_t)rows, bytes = plan.kept_bytes + plan.scratch_bytes + n * 12;
-
-    for (int p = 0; p <= 4 * e->model->config.layers; p++) {
-        bytes += e->hook_points[p] ? n * d * sizeof(float) : 0;
-    }
-    for (int i = 0; i < e->sae_count; i++) {
-        bytes += spurion_sae_buffer_bytes(e->saes[i], rows, e->gradients, e->variants);
-    }
-    if (e->config->attribution.method == SPURION_METHOD_IG) {
-        bytes += n * d * sizeof(float);
-    }
-    return bytes;
-}
-
-/* Whether passes of so many rows fit: host memory into engine.memory_max; the blocks of a device with memory of its own into what it has
- * left beside the weights, less a reserve for its allocator and its work lists. */
-static bool rows_fit(const spurion_engine *e, int rows)
-{
-    size_t limit = e->config->engine.memory_max, host = HOST_RESERVE_BYTES + host_rows_bytes(e, rows), blocks = device_rows_bytes(e, rows);
-
-    if (e->dev->own_memory) {
-        size_t reserve = e->device_free / 32 + DEVICE_RESERVE_BYTES;
-        return host <= limit && e->device_free > reserve && blocks <= e->device_free - reserve;
-    }
-    return e->weights_bytes + host <= limit && blocks <= limit - e->weights_bytes - host;
-}
-
-/* Says what there is too little of. */
-static spurion_status rows_refuse(const spurion_engine *e, int wanted, int found)
-{
-    const spurion_config *c = e->config;
-
-    if (e->dev->own_memory) {
-        return spurion_error(SPURION_RESOURCE_EXHAUSTED,
-                             "memory: expected room for model.max_tokens = %d tokens in one pass, found room for %d: device %s has %zu MiB left beside "
-                             "%zu MiB of weights; engine.memory_max = %" PRIu64 " MiB for the host, engine.tokens_max = %d (lower model.max_tokens)",
-                             wanted, found, c->engine.device, e->device_free >> 20, e->weights_bytes >> 20, c->engine.memory_max >> 20,
-                             c->engine.tokens_max);
-    }
-    return spurion_error(SPURION_RESOURCE_EXHAUSTED,
-                         "memory: expected room for model.max_tokens = %d tokens in one pass, found room for %d: weights take %zu MiB of "
-                         "engine.memory_max = %" PRIu64 " MiB, engine.tokens_max = %d (raise these, or lower model.max_tokens)",
-                         wanted, found, e->weights_bytes >> 20, c->engine.memory_max >> 20, c->engine.tokens_max);
-}
-
-/* The most rows that fit, at most engine.tokens_max. */
-static spurion_status rows_choose(spurion_engine *e)
-{
-    const spurion_config *c = e->config;
-    int low = 0, high = c->engine.tokens_max, context = e->model->config.context;
-    int wanted = c->model.max_tokens ? c->model.max_tokens : context;
-
-    wanted = wanted < context ? wanted : context;
-    e->device_free = e->dev->own_memory ? e->dev->ops->memory_free(e->dev) : 0;
-    while (low < high) {
-        int middle = low + (high - low + 1) / 2;
-        if (rows_fit(e, middle)) {
-            low = middle;
-        } else {
-            high = middle - 1;
-        }
-    }
-    if (low < 16 || (c->model.max_tokens && low < wanted)) {
-        return rows_refuse(e, wanted, low);
-    }
-    e->rows_max = low;
-    e->sequence.tokens_max = wanted < low ? wanted : low;
-    return spurion_ok();
-}
-
-static spurion_status block_take(spurion_engine *e, void *out, size_t bytes)
-{
-    spurion_status st;
-    void **p = out;
-
-    SPURION_TRY(st, e->dev->ops->alloc(e->dev, p, bytes ? bytes : 64));
-    SPURION_TRY(st, e->dev->ops->zero(e->dev, *p, bytes ? bytes : 64)); /* touched now: what is stated is what is resident */
-    e->buffers_bytes += bytes;
-out:
-    return st;
-}
-
-/* Zeroed memory whose pages are there: what is stated beforehand is what is resident. */
-static void *touched(size_t count, size_t size)
-{
-    void *p = malloc(count * size + 1);
-    return p ? memset(p, 0, count * size + 1) : NULL;
-}
-
-static spurion_status host_take(spurion_engine *e, int i)
-{
-    const spurion_sae *s = e->saes[i];
-    spurion_sae_rows *h = &e->host[i];
-    spurion_tally *y = &e->tally[i];
-    int slots = s->full.slots > s->watched.F ? s->full.slots : s->watched.F;
-    size_t n = (size_t)e->rows_max, cells = n * (size_t)slots, F = (size_t)s->full.F;
-
-    h->count = touched(n, sizeof *h->count);
-    h->index = touched(cells, sizeof *h->index);
-    h->value = touched(cells, sizeof *h->value);
-    h->attribution = e->gradients ? touched(cells, sizeof *h->attribution) : NULL;
-    h->xg = touched(n, sizeof *h->xg);
-    h->bg = touched(n, sizeof *h->bg);
-    y->attribution = touched(F, sizeof *y->attribution);
-    y->activation_sum = touched(F, sizeof *y->activation_sum);
-    y->activation_max = touched(F, sizeof *y->activation_max);
-    y->peak = touched(F, sizeof *y->peak);
-    y->touched = touched(F, sizeof *y->touched);
-    y->entry_of = touched(F, sizeof *y->entry_of);
-    if (!h->count || !h->index || !h->value || (e->gradients && !h->attribution) || !h->xg || !h->bg || !y->attribution ||
-        !y->activation_sum || !y->activation_max || !y->peak || !y->touched || !y->entry_of) {
-        return out_of_memory("the features of a pass");
-    }
-    memset(y->entry_of, 0xff, F * sizeof *y->entry_of);
-    for (int k = 0; k < e->catalogue.entry_count; k++) {
-        if (e->catalogue.entries[k].sae == i) {
-            y->entry_of[e->catalogue.entries[k].index] = k;
-        }
-    }
-    return spurion_ok();
-}
-
-static spurion_status workspace_take(spurion_engine *e)
-{
-    spurion_status st;
-    size_t layers = (size_t)e->model->config.layers;
-    spurion_plan_input in = plan_input(e, e->rows_max);
-    spurion_plan plan;
-
-    e->w.k = calloc(layers, sizeof *e->w.k);
-    e->w.v = calloc(layers, sizeof *e->w.v);
-    e->w.saved = calloc(layers, sizeof *e->w.saved);
-    if (!e->w.k || !e->w.v || !e->w.saved) {
-        st = out_of_memory("the workspace");
-        goto out;
-    }
-    plan = spurion_plan_make(&e->w, &in, NULL, NULL);
-    SPURION_TRY(st, block_take(e, &e->kept, plan.kept_bytes));
-    SPURION_TRY(st, block_take(e, &e->scratch, plan.scratch_bytes));
-    (void)spurion_plan_make(&e->w, &in, e->kept, e->scratch);
-out:
-    return st;
-}
-
-static spurion_status memory_take(spurion_engine *e)
-{
-    spurion_status st;
-    size_t n, d = (size_t)e->model->config.hidden;
-
-    SPURION_TRY(st, rows_choose(e));
-    n = (size_t)e->rows_max;
-    SPURION_TRY(st, workspace_take(e));
-    SPURION_TRY(st, block_take(e, &e->d_source, n * sizeof(int32_t)));
-    SPURION_TRY(st, block_take(e, &e->d_row_set, n * sizeof(int32_t)));
-    SPURION_TRY(st, block_take(e, &e->d_fraction, n * sizeof(float)));
-    for (int p = 0; p <= 4 * e->model->config.layers; p++) {
-        if (e->hook_points[p]) {
-            SPURION_TRY(st, block_take(e, &e->point_x[p], n * d * sizeof(float)));
-        }
-    }
-    if (e->config->attribution.method == SPURION_METHOD_IG) {
-        SPURION_TRY(st, block_take(e, &e->mean_gradient, n * d * sizeof(float)));
-    }
-    for (int i = 0; i < e->sae_count; i++) {
-        SPURION_TRY(st, spurion_sae_reserve(e->saes[i], e->rows_max, e->gradients, e->variants));
-        e->buffers_bytes += e->saes[i]->buffer_bytes;
-        SPURION_TRY(st, host_take(e, i));
-    }
-    e->host_bytes = host_rows_bytes(e, e->rows_max);
-    e->host_rewards = calloc((size_t)e->w.scored_max, sizeof *e->host_rewards);
-    if (!e->host_rewards) {
-        st = out_of_memory("the rewards");
-    }
-out:
-    return st;
-}
-
-/* A line of /proc/self/status in bytes: "VmRSS:" now, "VmHWM:" the most so far. */
-static size_t resident_bytes(const char *what)
-{
-    char line[256];
-    size_t kib = 0;
-    FILE *f = fopen("/proc/self/status", "r");
-
-    while (f && fgets(line, sizeof line, f)) {
-        if (strncmp(line, what, strlen(what)) == 0) {
-            kib = strtoul(line + strlen(what), NULL, 10);
-        }
-    }
-    if (f) {
-        fclose(f);
-    }
-    return kib << 10;
-}
-
-/* The most that will be resident: the load's own peak, or what is there now and the rollouts in hand. */
-static size_t peak_estimate(const spurion_engine *e)
-{
-    size_t load = resident_bytes("VmHWM:"), work = resident_bytes("VmRSS:") + IN_HAND_BYTES + (size_t)e->rows_max * IN_HAND_ROW_BYTES;
-    return load > work ? load : work;
-}
-
 spurion_status spurion_engine_create(spurion_engine **out, const spurion_config *config)
 {
     spurion_status st;
@@ -449,7 +211,7 @@ spurion_status spurion_engine_create(spurion_engine **out, const spurion_config 
 
     *out = NULL;
     if (!e || !l) {
-        st = out_of_memory("the engine");
+        st = spurion_engine_out_of_memory("the engine");
         goto out;
     }
     e->config = config;
@@ -468,13 +230,13 @@ spurion_status spurion_engine_create(spurion_engine **out, const spurion_config 
     spurion_weights_close(l->weights);
     l->weights = NULL;
     malloc_trim(0); /* the staging of the load goes back before the blocks are taken */
-    SPURION_TRY(st, memory_take(e));
+    SPURION_TRY(st, spurion_engine_memory_take(e));
     e->sequence.tokenizer = e->tokenizer;
     e->sequence.config = config;
     e->sequence.chat = &e->chat;
     e->sequence.model = &e->model->config;
     e->sequence.vocab = e->model->vocab;
-    e->peak_bytes = peak_estimate(e);
+    e->peak_bytes = spurion_engine_peak_estimate(e);
     *out = e;
     e = NULL;
 out:
@@ -640,7 +402,7 @@ spurion_status spurion_engine_judge(spurion_engine *e, spurion_job *const *jobs,
     int count;
 
     if (!ready) {
-        return out_of_memory("a micro-batch");
+        return spurion_engine_out_of_memory("a micro-batch");
     }
     count = ready_jobs(ready, jobs, job_count);
     SPURION_TRY(st, measure_all(e, ready, count, at_once, true));
@@ -691,7 +453,7 @@ spurion_status spurion_engine_reload_make(spurion_engine_reload **out, const spu
 
     *out = NULL;
     if (!r) {
-        return out_of_memory("a reload");
+        return spurion_engine_out_of_memory("a reload");
     }
     for (int i = 0; i < e->sae_count; i++) {
         widths[i] = e->saes[i]->full.F;

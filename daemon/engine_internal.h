@@ -87,6 +87,12 @@ typedef struct spurion_measured {
     bool explained;
 } spurion_measured;
 
+/* Chooses rows_max (RESOURCE_EXHAUSTED with what is short) and takes everything that passes of so many rows need. */
+spurion_status spurion_engine_memory_take(spurion_engine *e) SPURION_MUST_USE;
+/* The most that will be resident, in bytes: the load's own peak, or what is there now and the rollouts in hand. */
+size_t spurion_engine_peak_estimate(const spurion_engine *e);
+spurion_status spurion_engine_out_of_memory(const char *what) SPURION_MUST_USE;
+
 /* Measures jobs of one pass (rows <= rows_max): rewards, effects of all sets, and with explain the attributions. ablate: false on a second
  * look at flagged rollouts, whose effects are known. */
 spurion_status spurion_measure(spurion_engine *e, spurion_job *const *jobs, int job_count, bool explain, bool ablate) SPURION_MUST_USE;
