@@ -133,9 +133,9 @@ static const spurion_family families[] = {
 #define FAMILY_COUNT (sizeof families / sizeof *families)
 
 /* Classes that wrap a base model, by the end of their names; model_type says which one. The head's own tensors decide whether it is a
- * reward model (trlx, TRL and LLaMA-Factory leave the language model's class name in config.json). */
-static const char *const wrappers[] = {"RewardModel", "ForSequenceClassification", "LLMForSequenceRegression", "ForScore", "ForCausalLM",
-                                       "LMHeadModel", "Model"};
+ * reward model (trlx, TRL and LLaMA-Factory leave the language model's class name in config.json). Not ...ForSequenceClassification: that
+ * is transformers' own name for each base model, and one that is not in the table is a model we do not know, whatever model_type says. */
+static const char *const wrappers[] = {"RewardModel", "LLMForSequenceRegression", "ForScore", "ForCausalLM", "LMHeadModel", "Model"};
 
 static bool ends_with(const char *text, const char *end)
 {

@@ -88,13 +88,13 @@ def test_run_refuses_one_and_judges_the_rest(up, m):
     rpc = up.connect()
     good = short(m, "r", 1, "a", 0)
     bad = {"completion": short(m, "r", 1, "a", 1), "run": short(m, "r", 1, "a", 2), "id": short(m, "r", 1, "a", 3),
-           "tags": short(m, "r", 1, "a", 4), "prompt": short(m, "r", 1, "a", 5), "texts or token ids": short(m, "r", 1, "a", 6)}
+           "tags": short(m, "r", 1, "a", 4), "prompt": short(m, "r", 1, "a", 5), "token ids or messages": short(m, "r", 1, "a", 6)}
     bad["completion"].completion = b""
     bad["run"].run = b"x" * 129
     bad["id"].id = b"a\nb"
     bad["tags"].tags = b"[1]"
     bad["prompt"].prompt = b"\xff\xfe"
-    bad["texts or token ids"].completion_ids.append(3)
+    bad["token ids or messages"].completion_ids.append(3)
     long = short(m, "r", 1, "a", 7)
     long.completion = b" help" * 5000
     outside = m.Rollout(run=b"r", step=1, group=b"o", id=b"o", prompt_ids=[1, 2], completion_ids=[3, 1 << 30])
