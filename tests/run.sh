@@ -23,6 +23,7 @@ done
 
 deploy/packages.sh test
 export OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE=1
+export TSAN_OPTIONS="suppressions=$here/tests/tsan.supp ${TSAN_OPTIONS:-}"
 export SPURION_SHARED=${SPURION_SHARED:-$here/../shared}
 
 venv=${SPURION_VENV:-$HOME/.cache/spurion/venv}
