@@ -137,7 +137,8 @@ def configure(folder: Path, name: str, shape: dict, kind: str, dtype: str = "bf1
     method = {"attr": "grad", "reward": "none", "ig": "ig", "flag": "grad", "silent": "none"}[kind]
     listed = "".join(f"\n- {{id: s{n}, path: {path}, hook: {hook}}}" for n, (path, hook) in enumerate(saes))
     text = (f"model: {{path: model, dtype: {dtype}}}\n" + (f"saes:{listed}\n" if saes else "") +
-            f"attribution: {{method: {method}, when: {'flagged' if kind == 'flag' else 'all'}, ig_steps: {IG_STEPS}, top: 32}}\n"
+            f"attribution: {{method: {method}, when: {'flagged' if kind == 'flag' else 'all'}, l0_mean: {'flagged' if kind == 'flag' else 'all'}, "
+            f"ig_steps: {IG_STEPS}, top: 32}}\n"
             f"catalogue: {catalogue}\nengine: {{threads: {threads}, tokens_max: {tokens_max}, memory_max: 12GiB}}\n{more}")
     if kind == "flag":  # 0: every rollout in which one of the family's features is active is flagged, and explained
         text += "rules:\n" + "".join(f"- {{id: {f}, families: [{f}], effect_min: 0}}\n" for f in RULE_FAMILIES)
