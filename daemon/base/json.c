@@ -194,6 +194,11 @@ spurion_status spurion_json_error(spurion_json_at at, const char *keys, const ch
     return spurion_error(SPURION_INVALID_ARGUMENT, "%s: %s: expected %s, found %s", spurion_path_tail(at.name), keys, expected, found);
 }
 
+spurion_status spurion_json_unsupported(spurion_json_at at, const char *key, const char *expected, const char *found)
+{
+    return spurion_error(SPURION_UNIMPLEMENTED, "%s: %s: expected %s, found \"%.60s\"", spurion_path_tail(at.name), key, expected, found);
+}
+
 spurion_status spurion_json_opt_int(int *out, spurion_json_at at, const char *keys, int min, int max)
 {
     const json_t *value = spurion_json_find(at, keys);

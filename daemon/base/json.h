@@ -45,6 +45,8 @@ spurion_status spurion_json_opt_object(const json_t **out, spurion_json_at at, c
 
 /* INVALID_ARGUMENT "NAME: KEYS: expected WHAT, found VALUE"; value NULL: "nothing". */
 spurion_status spurion_json_error(spurion_json_at at, const char *keys, const char *expected, const json_t *value);
+/* Refuses a value that is well formed and means something we do not read: UNIMPLEMENTED, with both sides. */
+spurion_status spurion_json_unsupported(spurion_json_at at, const char *key, const char *expected, const char *found);
 
 /* The last part of a path, for messages that must leave room for their end. */
 const char *spurion_path_tail(const char *path);

@@ -12,11 +12,6 @@
 
 #include "daemon/sae/reader.h"
 
-static spurion_status unimplemented(spurion_json_at at, const char *key, const char *expected, const char *found)
-{
-    return spurion_error(SPURION_UNIMPLEMENTED, "%s: %s: expected %s, found \"%.60s\"", spurion_path_tail(at.name), key, expected, found);
-}
-
 /* --- the configuration --- */
 
 static spurion_status read_points(spurion_llama_scope_config *c, spurion_json_at at)
@@ -30,13 +25,13 @@ static spurion_status read_points(spurion_llama_scope_config *c, spurion_json_at
     SPURION_TRY(st, spurion_json_opt_string(&to, at, "hook_point_out"));
     SPURION_TRY(st, spurion_json_opt_bool(&glu, at, "use_glu_encoder"));
     if (strcmp(type, "sae") != 0) {
-        st = unimplemented(at, "sae_type", "sae (crosscoders, transcoders and Lorsa are not read)", type);
+        st = spurion_json_unsupported(at, "sae_type", "sae (crosscoders, transcoders and Lorsa are not read)", type);
     } else if (to != NULL && strcmp(to, in) != 0) {
-        st = unimplemented(at, "hook_point_out", "hook_point_in (transcoders are not read)", to);
+        st = spurion_json_unsupported(at, "hook_point_out", "hook_point_in (transcoders are not read)", to);
     } else if (strstr(in, "hook_z") != NULL) {
-        st = unimplemented(at, "hook_point_in", "a point of width d_model (SAEs on attention heads, hook_z, are not read)", in);
+        st = spurion_json_unsupported(at, "hook_point_in", "a point of width d_model (SAEs on attention heads, hook_z, are not read)", in);
     } else if (glu) {
-        st = unimplemented(at, "use_glu_encoder", "false (gated linear encoders are not read)", "true");
+        st = spurion_json_unsupported(at, "use_glu_encoder", "false (gated linear encoders are not read)", "true");
     }
     snprintf(c->hook_name, sizeof c->hook_name, "%s", in);
 out:
@@ -53,11 +48,11 @@ static spurion_status read_norm(spurion_llama_scope_config *c, spurion_json_at a
     c->dataset_wise = strcmp(name, "dataset-wise") == 0;
     c->token_wise = strcmp(name, "token-wise") == 0;
     if (!c->dataset_wise && !c->token_wise && strcmp(name, "inference") != 0) {
-        st = unimplemented(at, "norm_activation", "dataset-wise, token-wise or inference", name);
+        st = spurion_json_unsupported(at, "norm_activation", "dataset-wise, token-wise or inference", name);
         goto out;
     }
     if (old && c->token_wise) {
-        st = unimplemented(at, "norm_activation", "dataset-wise or inference in hyperparams.json", name);
+        st = spurion_json_unsupported(at, "norm_activation", "dataset-wise or inference in hyperparams.json", name);
         goto out;
     }
     SPURION_TRY(st, spurion_json_opt_object(&norms, at, "dataset_average_activation_norm"));
@@ -85,7 +80,7 @@ static spurion_status read_activation(spurion_llama_scope_config *c, spurion_jso
     c->by_decoder_norm = true; /* the class's default */
     SPURION_TRY(st, spurion_json_opt_bool(&c->by_decoder_norm, at, "sparsity_include_decoder_norm"));
     if (strcmp(c->act_fn, "relu") != 0 && strcmp(c->act_fn, "jumprelu") != 0 && strcmp(c->act_fn, "topk") != 0) {
-        st = unimplemented(at, "act_fn", "relu, jumprelu or topk (batch top-k: convert it to jumprelu with the library first)", name);
+        st = spurion_json_unsupported(at, "act_fn", "relu, jumprelu or topk (batch top-k: convert it to jumprelu with the library first)", name);
     }
 out:
     return st;

@@ -8,11 +8,6 @@
 
 /* --- cfg.json --- */
 
-static spurion_status unimplemented(spurion_json_at at, const char *key, const char *expected, const char *found)
-{
-    return spurion_error(SPURION_UNIMPLEMENTED, "%s: %s: expected %s, found \"%.60s\"", spurion_path_tail(at.name), key, expected, found);
-}
-
 /* Flat before version 6, with the model's part under metadata since: a key counts wherever it stands. */
 static spurion_status opt_string_either(const char **out, spurion_json_at at, spurion_json_at metadata, const char *keys)
 {
@@ -38,7 +33,7 @@ static spurion_status read_activation(spurion_saelens_config *c, spurion_json_at
             snprintf(c->architecture, sizeof c->architecture, "topk");
         }
     } else if (strcmp(activation, "relu") != 0) {
-        st = unimplemented(at, "activation_fn", "relu or topk", activation);
+        st = spurion_json_unsupported(at, "activation_fn", "relu or topk", activation);
     }
 out:
     return st;
@@ -52,7 +47,7 @@ static spurion_status read_architecture(spurion_saelens_config *c, spurion_json_
 
     SPURION_TRY(st, spurion_json_opt_string(&name, at, "architecture"));
     if (strstr(name, "transcoder") != NULL) {
-        st = unimplemented(at, "architecture", "a sparse autoencoder (transcoders are not read)", name);
+        st = spurion_json_unsupported(at, "architecture", "a sparse autoencoder (transcoders are not read)", name);
         goto out;
     }
     snprintf(c->architecture, sizeof c->architecture, "%s", name);
@@ -63,7 +58,7 @@ static spurion_status read_architecture(spurion_saelens_config *c, spurion_json_
             return st;
         }
     }
-    st = unimplemented(at, "architecture", "standard, gated, jumprelu, topk, batchtopk or matryoshka_batchtopk", name);
+    st = spurion_json_unsupported(at, "architecture", "standard, gated, jumprelu, topk, batchtopk or matryoshka_batchtopk", name);
 out:
     return st;
 }
@@ -89,7 +84,7 @@ static spurion_status read_norm(spurion_saelens_config *c, spurion_json_at at)
     } else if (strcmp(name, "expected_average_only_in") == 0) {
         c->constant_scale = true;
     } else {
-        st = unimplemented(at, "normalize_activations", "none, layer_norm, constant_norm_rescale or expected_average_only_in", name);
+        st = spurion_json_unsupported(at, "normalize_activations", "none, layer_norm, constant_norm_rescale or expected_average_only_in", name);
     }
 out:
     return st;
@@ -104,17 +99,17 @@ static spurion_status read_hook(spurion_saelens_config *c, spurion_json_at at, s
     SPURION_TRY(st, opt_string_either(&out_hook, at, metadata, "hook_name_out"));
     SPURION_TRY(st, spurion_json_opt_string(&reshape, at, "reshape_activations"));
     if (strcmp(reshape, "none") != 0 || strstr(hook, "hook_z") != NULL) {
-        st = unimplemented(at, "hook_name", "a point of width d_in (SAEs on attention heads, hook_z, are not read)",
+        st = spurion_json_unsupported(at, "hook_name", "a point of width d_in (SAEs on attention heads, hook_z, are not read)",
                            hook[0] != '\0' ? hook : reshape);
         goto out;
     }
     if (out_hook != NULL && strcmp(out_hook, hook) != 0) {
-        st = unimplemented(at, "hook_name_out", "none (transcoders are not read)", out_hook);
+        st = spurion_json_unsupported(at, "hook_name_out", "none (transcoders are not read)", out_hook);
         goto out;
     }
     if (spurion_json_find(at, "hook_head_index|hook_point_head_index") != NULL ||
         spurion_json_find(metadata, "hook_head_index") != NULL) {
-        st = unimplemented(at, "hook_head_index", "null (SAEs of one attention head are not read)", "an index");
+        st = spurion_json_unsupported(at, "hook_head_index", "null (SAEs of one attention head are not read)", "an index");
         goto out;
     }
     snprintf(c->hook_name, sizeof c->hook_name, "%s", hook);
@@ -153,7 +148,7 @@ static spurion_status read_config(spurion_saelens_config *c, spurion_json_at at)
     d_out = c->d_in;
     SPURION_TRY(st, spurion_json_opt_int(&d_out, at, "d_out", 1, 1 << 30));
     if (d_out != c->d_in) {
-        st = unimplemented(at, "d_out", "d_in (transcoders are not read)", "another width");
+        st = spurion_json_unsupported(at, "d_out", "d_in (transcoders are not read)", "another width");
         goto out;
     }
     c->apply_b_dec = true;
