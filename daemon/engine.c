@@ -254,8 +254,11 @@ static void host_free(spurion_engine *e, int i)
 {
     spurion_sae_rows *h = &e->host[i];
     spurion_tally *y = &e->tally[i];
-    void *blocks[] = {h->count, h->index, h->value, h->attribution, h->xg, h->bg, y->attribution, y->activation_sum,
-                      y->activation_max, y->peak, y->touched, y->entry_of};
+    void *landed[] = {h->count, h->index, h->value, h->attribution, h->xg, h->bg};
+    void *blocks[] = {y->attribution, y->activation_sum, y->activation_max, y->peak, y->touched, y->entry_of};
+    for (size_t b = 0; b < sizeof landed / sizeof *landed; b++) {
+        e->dev->ops->host_free(e->dev, landed[b]);
+    }
     for (size_t b = 0; b < sizeof blocks / sizeof *blocks; b++) {
         free(blocks[b]);
     }
@@ -263,6 +266,7 @@ static void host_free(spurion_engine *e, int i)
 
 static void device_free(spurion_engine *e)
 {
+    e->dev->ops->host_free(e->dev, e->host_rewards);
     void *blocks[] = {e->kept, e->scratch, e->d_source, e->d_row_set, e->d_fraction, e->mean_gradient};
     for (size_t b = 0; b < sizeof blocks / sizeof *blocks; b++) {
         e->dev->ops->free(e->dev, blocks[b]);
@@ -298,7 +302,6 @@ void spurion_engine_destroy(spurion_engine *e)
     free(e->w.k);
     free(e->w.v);
     free(e->w.saved);
-    free(e->host_rewards);
     free(e->provenance_text);
     free(e);
 }
@@ -518,6 +521,12 @@ const char *spurion_engine_provenance_text(const spurion_engine *e)
 size_t spurion_engine_peak_bytes(const spurion_engine *e)
 {
     return e->peak_bytes;
+}
+
+void spurion_engine_profile_start(spurion_engine *e)
+{
+    memset(&e->dev->profile, 0, sizeof e->dev->profile);
+    e->dev->timed = true;
 }
 
 const spurion_profile *spurion_engine_profile(const spurion_engine *e)

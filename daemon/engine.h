@@ -48,6 +48,8 @@ const char *spurion_engine_provenance_text(const spurion_engine *e); /* JSON: wh
 /* What `spuriond check` and Status print: model, SAEs, transforms, plan, peak memory. */
 void spurion_engine_describe(const spurion_engine *e, FILE *out);
 size_t spurion_engine_peak_bytes(const spurion_engine *e); /* resident size to expect at most */
+/* Times and work by op class since profile_start, which begins at nothing: loading does not count. */
+void spurion_engine_profile_start(spurion_engine *e);
 const spurion_profile *spurion_engine_profile(const spurion_engine *e);
 
 #endif

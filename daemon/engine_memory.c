@@ -128,29 +128,43 @@ static void *touched(size_t count, size_t size)
     return p ? memset(p, 0, count * size + 1) : NULL;
 }
 
+/* What comes from the device: pinned where it has its own memory, so that a pass need not wait for each array. */
+static spurion_status landing_take(spurion_engine *e, spurion_sae_rows *h, size_t rows, size_t cells)
+{
+    spurion_status st;
+    const spurion_ops *ops = e->dev->ops;
+
+    SPURION_TRY(st, ops->host_alloc(e->dev, (void **)&h->count, rows * sizeof *h->count));
+    SPURION_TRY(st, ops->host_alloc(e->dev, (void **)&h->index, cells * sizeof *h->index));
+    SPURION_TRY(st, ops->host_alloc(e->dev, (void **)&h->value, cells * sizeof *h->value));
+    SPURION_TRY(st, ops->host_alloc(e->dev, (void **)&h->xg, rows * sizeof *h->xg));
+    SPURION_TRY(st, ops->host_alloc(e->dev, (void **)&h->bg, rows * sizeof *h->bg));
+    if (e->gradients) {
+        SPURION_TRY(st, ops->host_alloc(e->dev, (void **)&h->attribution, cells * sizeof *h->attribution));
+    }
+out:
+    return st;
+}
+
 static spurion_status host_take(spurion_engine *e, int i)
 {
+    spurion_status st;
     const spurion_sae *s = e->saes[i];
     spurion_sae_rows *h = &e->host[i];
     spurion_tally *y = &e->tally[i];
     int slots = s->full.slots > s->watched.F ? s->full.slots : s->watched.F;
     size_t n = (size_t)e->rows_max, cells = n * (size_t)slots, F = (size_t)s->full.F;
 
-    h->count = touched(n, sizeof *h->count);
-    h->index = touched(cells, sizeof *h->index);
-    h->value = touched(cells, sizeof *h->value);
-    h->attribution = e->gradients ? touched(cells, sizeof *h->attribution) : NULL;
-    h->xg = touched(n, sizeof *h->xg);
-    h->bg = touched(n, sizeof *h->bg);
+    SPURION_TRY(st, landing_take(e, h, n, cells));
     y->attribution = touched(F, sizeof *y->attribution);
     y->activation_sum = touched(F, sizeof *y->activation_sum);
     y->activation_max = touched(F, sizeof *y->activation_max);
     y->peak = touched(F, sizeof *y->peak);
     y->touched = touched(F, sizeof *y->touched);
     y->entry_of = touched(F, sizeof *y->entry_of);
-    if (!h->count || !h->index || !h->value || (e->gradients && !h->attribution) || !h->xg || !h->bg || !y->attribution ||
-        !y->activation_sum || !y->activation_max || !y->peak || !y->touched || !y->entry_of) {
-        return spurion_engine_out_of_memory("the features of a pass");
+    if (!y->attribution || !y->activation_sum || !y->activation_max || !y->peak || !y->touched || !y->entry_of) {
+        st = spurion_engine_out_of_memory("the features of a pass");
+        goto out;
     }
     memset(y->entry_of, 0xff, F * sizeof *y->entry_of);
     for (int k = 0; k < e->catalogue.entry_count; k++) {
@@ -158,7 +172,8 @@ static spurion_status host_take(spurion_engine *e, int i)
             y->entry_of[e->catalogue.entries[k].index] = k;
         }
     }
-    return spurion_ok();
+out:
+    return st;
 }
 
 static spurion_status workspace_take(spurion_engine *e)
@@ -208,10 +223,7 @@ spurion_status spurion_engine_memory_take(spurion_engine *e)
         SPURION_TRY(st, host_take(e, i));
     }
     e->host_bytes = host_rows_bytes(e, e->rows_max);
-    e->host_rewards = calloc((size_t)e->w.scored_max, sizeof *e->host_rewards);
-    if (!e->host_rewards) {
-        st = spurion_engine_out_of_memory("the rewards");
-    }
+    SPURION_TRY(st, e->dev->ops->host_alloc(e->dev, (void **)&e->host_rewards, (size_t)e->w.scored_max * sizeof *e->host_rewards));
 out:
     return st;
 }

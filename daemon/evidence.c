@@ -25,15 +25,16 @@ spurion_status spurion_evidence_download(spurion_engine *e, int rows, bool watch
             continue;
         }
         size_t cells = n * (size_t)f->slots;
-        SPURION_TRY(st, ops->download(e->dev, h->count, f->count, n * sizeof(int32_t)));
-        SPURION_TRY(st, ops->download(e->dev, h->index, f->index, cells * sizeof(int32_t)));
-        SPURION_TRY(st, ops->download(e->dev, h->value, f->value, cells * sizeof(float)));
+        SPURION_TRY(st, ops->download_later(e->dev, h->count, f->count, n * sizeof(int32_t)));
+        SPURION_TRY(st, ops->download_later(e->dev, h->index, f->index, cells * sizeof(int32_t)));
+        SPURION_TRY(st, ops->download_later(e->dev, h->value, f->value, cells * sizeof(float)));
         if (s->attribution && !watched) {
-            SPURION_TRY(st, ops->download(e->dev, h->attribution, s->attribution, cells * sizeof(float)));
-            SPURION_TRY(st, ops->download(e->dev, h->xg, s->xg, n * sizeof(float)));
-            SPURION_TRY(st, ops->download(e->dev, h->bg, s->bg, n * sizeof(float)));
+            SPURION_TRY(st, ops->download_later(e->dev, h->attribution, s->attribution, cells * sizeof(float)));
+            SPURION_TRY(st, ops->download_later(e->dev, h->xg, s->xg, n * sizeof(float)));
+            SPURION_TRY(st, ops->download_later(e->dev, h->bg, s->bg, n * sizeof(float)));
         }
     }
+    SPURION_TRY(st, ops->sync(e->dev)); /* the only wait of a pass without variants */
 out:
     return st;
 }

@@ -216,6 +216,9 @@ static int run_judge(const arguments *a, const spurion_config *config)
         return report(st);
     }
     load_seconds = (double)(spurion_clock_ns() - start) * 1e-9;
+    if (a->profile) {
+        spurion_engine_profile_start(engine);
+    }
     st = spurion_judge_run(&totals, engine, STDIN_FILENO, stdout, a->tokens);
     if (st.code != SPURION_OK) {
         status = report(st);

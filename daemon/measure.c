@@ -86,10 +86,17 @@ static spurion_pass clean_pass(measurement *k)
     return pass;
 }
 
+/* Rewards of a pass on their way to the host: there after the next sync. */
+static spurion_status rewards_send(const spurion_engine *e, int count)
+{
+    return e->dev->ops->download_later(e->dev, e->host_rewards, e->w.rewards, (size_t)count * sizeof(float));
+}
+
 static spurion_status rewards_read(const spurion_engine *e, int count)
 {
     spurion_status st;
-    SPURION_TRY(st, e->dev->ops->download(e->dev, e->host_rewards, e->w.rewards, (size_t)count * sizeof(float)));
+    SPURION_TRY(st, rewards_send(e, count));
+    SPURION_TRY(st, e->dev->ops->sync(e->dev));
 out:
     return st;
 }
@@ -108,7 +115,7 @@ static spurion_status clean_run(measurement *k)
     SPURION_TRY(st, upload_ints(e, e->w.scored_positions, p->scored_positions, p->member_count));
     SPURION_TRY(st, spurion_model_embed(e->model, &e->w, p->rows));
     SPURION_TRY(st, spurion_model_forward(e->model, &e->w, &pass, 0));
-    SPURION_TRY(st, rewards_read(e, p->member_count));
+    SPURION_TRY(st, rewards_send(e, p->member_count));
     if (pass.save) {
         SPURION_TRY(st, spurion_model_backward(e->model, &e->w, &pass, e->lowest, gradient_tap, k));
     }

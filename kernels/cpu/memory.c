@@ -115,6 +115,26 @@ spurion_status spurion_cpu_download(spurion_dev *dev, void *host, const void *in
     return move(dev, host, in, bytes);
 }
 
+spurion_status spurion_cpu_download_later(spurion_dev *dev, void *host, const void *in, size_t bytes)
+{
+    return move(dev, host, in, bytes);
+}
+
+/* Zeroed, and by that resident. */
+spurion_status spurion_cpu_host_alloc(spurion_dev *dev, void **out, size_t bytes)
+{
+    spurion_status st = spurion_cpu_alloc(dev, out, bytes);
+    if (st.code == SPURION_OK) {
+        memset(*out, 0, bytes);
+    }
+    return st;
+}
+
+void spurion_cpu_host_free(spurion_dev *dev, void *p)
+{
+    spurion_cpu_free(dev, p);
+}
+
 spurion_status spurion_cpu_copy(spurion_dev *dev, void *out, const void *in, size_t bytes)
 {
     return move(dev, out, in, bytes);

@@ -15,7 +15,8 @@ enum {
     SPURION_CUDA_WARP = 32,
     SPURION_CUDA_THREADS = 256,      /* of a block of row-wise work */
     SPURION_CUDA_ROW_STEP = 128,     /* rows of a matrix product are a multiple of this */
-    SPURION_CUDA_TIMERS = 1024,      /* ops timed between two synchronisations */
+    SPURION_CUDA_TIMERS = 1024,      /* timers are made so many at a time */
+    SPURION_CUDA_TIMERS_MAX = 65536, /* ops timed between two synchronisations */
     SPURION_CUDA_HEAD_DIM_MAX = 256
 };
 
@@ -53,8 +54,8 @@ typedef struct spurion_cuda {
     spurion_block pad_in, pad_out; /* ROW_STEP rows of input and output of the widest matrix */
     spurion_block work;      /* attention: seqs, items; row sums of the backward pass */
     struct spurion_cuda_plan *plans;
-    spurion_timer timers[SPURION_CUDA_TIMERS];
-    int timer_count;
+    spurion_timer *timers; /* (timer_room) made as dev.timed needs them */
+    int timer_room, timer_count;
 } spurion_cuda;
 
 struct spurion_matrix {
@@ -107,8 +108,8 @@ spurion_status spurion_cuda_blas_error(spurion_cuda *cuda, cublasStatus_t e, con
         }                                                        \
     } while (0)
 
-/* Every op is bracketed by these: begin answers a device that has failed; end adds one call to the profile (its time when the stream is
- * next waited for). */
+/* Every op is bracketed by these: begin answers a device that has failed; end adds one call to the profile. While dev.timed, an event
+ * stands before and one behind the op's work in the stream: the device's own clock, read when the stream is next waited for anyway. */
 spurion_status spurion_cuda_begin(spurion_cuda *cuda);
 spurion_status spurion_cuda_end(spurion_cuda *cuda, spurion_op_class class_, double flops, double bytes);
 /* Waits for the stream and reads the timers. */
@@ -152,6 +153,9 @@ SPURION_CUDA_DECLARE(alloc);
 SPURION_CUDA_DECLARE(free);
 SPURION_CUDA_DECLARE(upload);
 SPURION_CUDA_DECLARE(download);
+SPURION_CUDA_DECLARE(download_later);
+SPURION_CUDA_DECLARE(host_alloc);
+SPURION_CUDA_DECLARE(host_free);
 SPURION_CUDA_DECLARE(zero);
 SPURION_CUDA_DECLARE(copy);
 SPURION_CUDA_DECLARE(sync);

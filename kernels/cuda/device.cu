@@ -32,13 +32,36 @@ spurion_status spurion_cuda_blas_error(spurion_cuda *cuda, cublasStatus_t e, con
 
 /* --- timing --- */
 
+static spurion_status timers_make(spurion_cuda *cuda)
+{
+    int room = cuda->timer_room + SPURION_CUDA_TIMERS;
+    spurion_timer *all = (spurion_timer *)realloc(cuda->timers, (size_t)room * sizeof *all);
+    if (all == NULL) {
+        return spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory for %d timers", room);
+    }
+    cuda->timers = all;
+    for (; cuda->timer_room < room; cuda->timer_room++) {
+        spurion_timer *t = &all[cuda->timer_room];
+        SPURION_CUDA(cuda, cudaEventCreateWithFlags(&t->begin, cudaEventDefault));
+        cudaError_t e = cudaEventCreateWithFlags(&t->end, cudaEventDefault);
+        if (e != cudaSuccess) {
+            (void)cudaEventDestroy(t->begin);
+            return spurion_cuda_error(cuda, e, "cudaEventCreateWithFlags");
+        }
+    }
+    return spurion_ok();
+}
+
 spurion_status spurion_cuda_begin(spurion_cuda *cuda)
 {
-    if (cuda->failed.code != SPURION_OK) {
+    if (cuda->failed.code != SPURION_OK || !cuda->dev.timed) {
         return cuda->failed;
     }
-    if (cuda->timer_count == SPURION_CUDA_TIMERS) {
+    if (cuda->timer_count == SPURION_CUDA_TIMERS_MAX) {
         SPURION_CUDA_DO(spurion_cuda_wait(cuda));
+    }
+    if (cuda->timer_count == cuda->timer_room) {
+        SPURION_CUDA_DO(timers_make(cuda));
     }
     SPURION_CUDA(cuda, cudaEventRecord(cuda->timers[cuda->timer_count].begin, cuda->stream));
     return spurion_ok();
@@ -47,13 +70,15 @@ spurion_status spurion_cuda_begin(spurion_cuda *cuda)
 spurion_status spurion_cuda_end(spurion_cuda *cuda, spurion_op_class class_, double flops, double bytes)
 {
     spurion_profile *p = &cuda->dev.profile;
-    spurion_timer *t = &cuda->timers[cuda->timer_count];
-    t->class_ = class_;
-    SPURION_CUDA(cuda, cudaEventRecord(t->end, cuda->stream));
-    cuda->timer_count++;
     p->flops[class_] += flops;
     p->bytes[class_] += bytes;
     p->calls[class_]++;
+    if (cuda->dev.timed) {
+        spurion_timer *t = &cuda->timers[cuda->timer_count];
+        t->class_ = class_;
+        SPURION_CUDA(cuda, cudaEventRecord(t->end, cuda->stream));
+        cuda->timer_count++;
+    }
     return spurion_ok();
 }
 
@@ -104,10 +129,6 @@ static spurion_status make_parts(spurion_cuda *cuda)
         SPURION_CUDA(cuda, cudaHostAlloc((void **)&cuda->staging.halves[i], STAGING_HALF, cudaHostAllocDefault));
         SPURION_CUDA(cuda, cudaEventCreateWithFlags(&cuda->staging.read[i], cudaEventDisableTiming));
         SPURION_CUDA(cuda, cudaEventRecord(cuda->staging.read[i], cuda->stream));
-    }
-    for (int i = 0; i < SPURION_CUDA_TIMERS; i++) {
-        SPURION_CUDA(cuda, cudaEventCreateWithFlags(&cuda->timers[i].begin, cudaEventDefault));
-        SPURION_CUDA(cuda, cudaEventCreateWithFlags(&cuda->timers[i].end, cudaEventDefault));
     }
     SPURION_CUDA_DO(spurion_cuda_reserve(cuda, &cuda->wide, WIDE_BYTES));
     return spurion_cuda_reserve(cuda, &cuda->workspace, WORKSPACE_BYTES);
@@ -166,14 +187,11 @@ extern "C" void spurion_cuda_destroy(spurion_dev *dev)
             (void)cudaFreeHost(cuda->staging.halves[i]);
         }
     }
-    for (spurion_timer &t : cuda->timers) {
-        if (t.begin != NULL) {
-            (void)cudaEventDestroy(t.begin);
-        }
-        if (t.end != NULL) {
-            (void)cudaEventDestroy(t.end);
-        }
+    for (int i = 0; i < cuda->timer_room; i++) {
+        (void)cudaEventDestroy(cuda->timers[i].begin);
+        (void)cudaEventDestroy(cuda->timers[i].end);
     }
+    free(cuda->timers);
     if (cuda->blas != NULL) {
         (void)cublasLtDestroy(cuda->blas);
     }

@@ -105,6 +105,44 @@ extern "C" spurion_status spurion_cuda_download(spurion_dev *dev, void *host, co
     return spurion_ok();
 }
 
+extern "C" spurion_status spurion_cuda_download_later(spurion_dev *dev, void *host, const void *in, size_t bytes)
+{
+    spurion_cuda *cuda = spurion_cuda_of(dev);
+    SPURION_CUDA_DO(spurion_cuda_begin(cuda));
+    if (bytes > 0) {
+        SPURION_CUDA(cuda, cudaMemcpyAsync(host, in, bytes, cudaMemcpyDeviceToHost, cuda->stream));
+    }
+    return spurion_cuda_end(cuda, SPURION_CLASS_MOVE, 0, 2.0 * (double)bytes);
+}
+
+extern "C" spurion_status spurion_cuda_host_alloc(spurion_dev *dev, void **out, size_t bytes)
+{
+    spurion_cuda *cuda = spurion_cuda_of(dev);
+    *out = NULL;
+    cudaError_t e = cudaHostAlloc(out, bytes == 0 ? 64 : bytes, cudaHostAllocDefault);
+    if (e == cudaErrorMemoryAllocation) {
+        (void)cudaGetLastError();
+        *out = NULL;
+        return spurion_error(SPURION_RESOURCE_EXHAUSTED, "device cuda:%d: %zu bytes of pinned host memory asked, there are not so many", cuda->ordinal, bytes);
+    }
+    SPURION_CUDA(cuda, e);
+    memset(*out, 0, bytes);
+    return spurion_ok();
+}
+
+extern "C" void spurion_cuda_host_free(spurion_dev *dev, void *p)
+{
+    spurion_cuda *cuda = spurion_cuda_of(dev);
+    if (p == NULL) {
+        return;
+    }
+    cudaError_t e = cudaStreamSynchronize(cuda->stream); /* a copy into it may be under way */
+    e = e == cudaSuccess ? cudaFreeHost(p) : e;
+    if (e != cudaSuccess) {
+        (void)spurion_cuda_error(cuda, e, "cudaFreeHost");
+    }
+}
+
 extern "C" spurion_status spurion_cuda_zero(spurion_dev *dev, void *out, size_t bytes)
 {
     spurion_cuda *cuda = spurion_cuda_of(dev);

@@ -11,6 +11,9 @@ static spurion_ops make_table(void)
     FILL(free);
     FILL(upload);
     FILL(download);
+    FILL(download_later);
+    FILL(host_alloc);
+    FILL(host_free);
     FILL(zero);
     FILL(copy);
     FILL(sync);

@@ -6,6 +6,7 @@
  *   SPURION_EMULATOR_ORDER=N   the order in which a block's threads run: 0 ascending (default), 1 descending, else shuffled by N
  *   SPURION_EMULATOR_FAIL=FILE  once FILE exists the next kernel fails with an illegal address, and everything after it
  *   SPURION_EMULATOR_MIB=N     memory of the device (default 4096)
+ *   SPURION_EMULATOR_WAITS=FILE  holds how often a stream was waited for
  * Thread: one host thread at a time. Memory: mapped per allocation, with a guard page behind each. */
 #ifndef SPURION_EMULATOR_CUDA_RUNTIME_H
 #define SPURION_EMULATOR_CUDA_RUNTIME_H

@@ -219,6 +219,28 @@ void drain(unsigned long until)
     protect(PROT_NONE);
 }
 
+/* A copy from or to the host runs beside the program only where the memory is pinned; elsewhere the real library waits. */
+std::map<unsigned char *, size_t> pinned;
+
+bool is_pinned(const void *p, size_t bytes)
+{
+    auto found = pinned.upper_bound((unsigned char *)p);
+    return found != pinned.begin() && (unsigned char *)p + bytes <= (--found)->first + found->second;
+}
+
+/* How often the program waited for a stream, for SPURION_EMULATOR_WAITS. */
+void count_wait()
+{
+    static const char *const path = std::getenv("SPURION_EMULATOR_WAITS");
+    static unsigned long waits;
+    if (path != nullptr) {
+        FILE *f = std::fopen(path, "w");
+        if (f == nullptr || std::fprintf(f, "%lu\n", ++waits) < 0 || std::fclose(f) != 0) {
+            die("SPURION_EMULATOR_WAITS");
+        }
+    }
+}
+
 size_t device_bytes()
 {
     return (size_t)environment("SPURION_EMULATOR_MIB", 4096) << 20;
@@ -419,6 +441,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t s)
 
 cudaError_t cudaStreamSynchronize(cudaStream_t)
 {
+    count_wait();
     drain(enqueued);
     return sticky;
 }
@@ -468,17 +491,24 @@ cudaError_t cudaFree(void *p)
 cudaError_t cudaHostAlloc(void **out, size_t bytes, unsigned)
 {
     *out = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
+    pinned[(unsigned char *)*out] = bytes;
     return *out == nullptr ? cudaErrorMemoryAllocation : sticky;
 }
 
 cudaError_t cudaFreeHost(void *p)
 {
+    drain(enqueued);
+    pinned.erase((unsigned char *)p);
     std::free(p);
     return sticky;
 }
 
-cudaError_t cudaMemcpyAsync(void *out, const void *in, size_t bytes, cudaMemcpyKind, cudaStream_t s)
+cudaError_t cudaMemcpyAsync(void *out, const void *in, size_t bytes, cudaMemcpyKind kind, cudaStream_t s)
 {
+    const void *host = kind == cudaMemcpyHostToDevice ? in : kind == cudaMemcpyDeviceToHost ? out : nullptr;
+    if (host != nullptr && !is_pinned(host, bytes)) {
+        die("an asynchronous copy from or to host memory that is not pinned");
+    }
     return emulated_enqueue(s, [=] { std::memcpy(out, in, bytes); });
 }
 

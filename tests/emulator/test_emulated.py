@@ -84,6 +84,46 @@ def test_emulated_small_device_gives_the_same_verdicts_in_more_passes():
     assert judged(folder) == judged(folder, options=("--set", "engine.tokens_max=200"))
 
 
+def profile_of(done):
+    return next(json.loads(line) for line in done.stderr.decode().splitlines() if line.startswith("{") and "engine_s" in line)
+
+
+def test_emulated_profile_times_every_op_by_the_stream_and_counts_the_cpus_work():
+    """The emulator's events are a microsecond apart: seconds are exactly the timed ops. Loading does not count, on either device."""
+    folder, found = STORED / "small-llama", {}
+    for device in ("cpu", "cuda:0"):
+        done = run("judge", folder, device, (folder / "rollouts.jsonl").read_bytes(), ("--profile",))
+        assert done.returncode == 0, done.stderr[-2000:]
+        found[device] = profile_of(done)["ops"]
+    for name, op in found["cuda:0"].items():
+        assert op["seconds"] == pytest.approx(1e-6 * op["calls"], abs=1e-9), name
+        assert op["calls"] > 0, name
+    for name in ("gemm", "attention", "norm", "rope", "activation"):
+        assert found["cuda:0"][name]["flops"] == found["cpu"][name]["flops"] > 0
+    assert found["cpu"]["move"]["bytes"] < 64 << 20  # a load moves more
+
+
+def test_emulated_a_pass_without_variants_waits_once(tmp_path):
+    """Rewards, sparse lists and attributions come together. Twice the passes: as many waits more as passes."""
+    folder, waits = STORED / "small-llama", {}
+    (tmp_path / "catalogue.jsonl").write_text("")
+    (tmp_path / "config.yaml").write_text(f"""model: {{path: {folder}/model, dtype: f32}}
+saes:
+- {{id: std, path: {folder}/saes/std, hook: blocks.0.hook_resid_post}}
+- {{id: top, path: {folder}/saes/top, hook: blocks.1.hook_resid_post}}
+catalogue: catalogue.jsonl
+attribution: {{method: grad}}
+""")
+    rows = [{"run": "r", "step": 0, "group": f"g{i // 4}", "id": str(i), "prompt_ids": list(range(3, 11)), "completion_ids": list(range(4, 16))}
+            for i in range(16)]
+    for passes in (1, 4):  # a group has 56 rows
+        done = run("judge", tmp_path, stdin="".join(json.dumps(r) + "\n" for r in rows[: 4 * passes]).encode(), WAITS=tmp_path / f"{passes}",
+                   options=("--set", "engine.tokens_max=60"))
+        assert done.returncode == 0, done.stderr[-2000:]
+        waits[passes] = int((tmp_path / f"{passes}").read_text())
+    assert waits[4] - waits[1] == 3, waits
+
+
 def test_emulated_there_is_one_device():
     done = run("check", STORED / "small-llama", device="cuda:1")
     assert done.returncode == 78 and b"cuda:1" in done.stderr, done.stderr

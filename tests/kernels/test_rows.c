@@ -227,6 +227,33 @@ static void test_rows_memory_is_aligned_copied_and_zeroed(void **state)
     kt_close(&t);
 }
 
+static void test_rows_downloads_land_when_waited_for(void **state)
+{
+    (void)state;
+    kt t;
+    kt_open(&t, SPURION_F32, 1);
+    float x[100], *host, *other;
+    for (int i = 0; i < 100; i++) {
+        x[i] = (float)(i + 1);
+    }
+    void *in = kt_in(&t, x, sizeof x);
+    KT_OK(t.ops->host_alloc(t.dev, (void **)&host, sizeof x));
+    KT_OK(t.ops->host_alloc(t.dev, (void **)&other, 0));
+    assert_int_equal((uintptr_t)host % 64, 0);
+    assert_true(host[0] == 0 && host[99] == 0);
+    KT_OK(t.ops->download_later(t.dev, host, in, 60 * sizeof *x));
+    KT_OK(t.ops->zero(t.dev, in, sizeof x)); /* behind the copy in the stream */
+    KT_OK(t.ops->download_later(t.dev, host + 60, in, 40 * sizeof *x));
+    KT_OK(t.ops->download_later(t.dev, other, in, 0));
+    KT_OK(t.ops->sync(t.dev));
+    assert_memory_equal(host, x, 60 * sizeof *x);
+    assert_true(host[60] == 0 && host[99] == 0);
+    t.ops->host_free(t.dev, host);
+    t.ops->host_free(t.dev, other);
+    t.ops->host_free(t.dev, NULL);
+    kt_close(&t);
+}
+
 static void test_rows_memory_refuses_what_the_machine_has_not(void **state)
 {
     (void)state;
@@ -249,6 +276,7 @@ int main(void)
         cmocka_unit_test(test_rows_add_and_dot_match_loops),
         cmocka_unit_test(test_rows_mean_over_pieces_and_its_gradient),
         cmocka_unit_test(test_rows_memory_is_aligned_copied_and_zeroed),
+        cmocka_unit_test(test_rows_downloads_land_when_waited_for),
         cmocka_unit_test(test_rows_memory_refuses_what_the_machine_has_not),
     };
     return cmocka_run_group_tests_name("rows", tests, NULL, NULL);

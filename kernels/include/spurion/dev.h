@@ -35,7 +35,7 @@ typedef enum spurion_op_class {
 } spurion_op_class;
 
 typedef struct spurion_profile {
-    double seconds[SPURION_CLASS_COUNT]; /* CUDA: of what the stream has been waited for */
+    double seconds[SPURION_CLASS_COUNT]; /* CUDA: of ops between two events, while timed; of what the stream has been waited for */
     double flops[SPURION_CLASS_COUNT];
     double bytes[SPURION_CLASS_COUNT];
     int64_t calls[SPURION_CLASS_COUNT];
@@ -49,6 +49,7 @@ typedef struct spurion_dev {
     spurion_dtype dtype;     /* type of matrix inputs ("act" below): f32 or bf16; everything else is f32 */
     int thread_count;        /* CPU: workers in use, with the caller */
     int row_chunk;           /* rows at a time that suit row-wise work between two matrix products */
+    bool timed;              /* set by whoever wants seconds of a device that takes them from events in its stream (CUDA); the CPU always does */
     bool own_memory;         /* its memory is not the process's: never touched but through the ops, and counted apart */
     char name[256];          /* "cpu avx512_core_amx 2 threads" */
     spurion_profile profile; /* filled by every op; reset by whoever reads it */

@@ -123,6 +123,11 @@ typedef struct spurion_ops {
     void (*free)(spurion_dev *dev, void *p);
     spurion_status (*upload)(spurion_dev *dev, void *out, const void *host, size_t bytes);
     spurion_status (*download)(spurion_dev *dev, void *host, const void *in, size_t bytes); /* waits for the stream */
+    /* The same without waiting: host has the bytes after the next sync. host lies in memory of host_alloc. */
+    spurion_status (*download_later)(spurion_dev *dev, void *host, const void *in, size_t bytes);
+    /* Host memory that the device reads and writes by itself (pinned), zeroed, resident, 64-byte aligned at least. */
+    spurion_status (*host_alloc)(spurion_dev *dev, void **out, size_t bytes);
+    void (*host_free)(spurion_dev *dev, void *p);
     spurion_status (*zero)(spurion_dev *dev, void *out, size_t bytes);
     spurion_status (*copy)(spurion_dev *dev, void *out, const void *in, size_t bytes); /* on the device; ranges do not overlap */
     spurion_status (*sync)(spurion_dev *dev);
