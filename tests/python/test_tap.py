@@ -165,22 +165,48 @@ def test_tap_says_the_rest_when_the_process_ends(d):
 
 
 def test_tap_bytes_are_protobufs():
-    """What is packed by hand unpacks to the same message, and packs to the same bytes again."""
+    """What is packed by hand unpacks to the same message; without token ids, whose varints are filled up, to the same bytes."""
     import numpy as np
 
     from spurion import _encode, _messages as m
     from spurion._rollout import Rollout, pack
 
-    items = [*batch(3, "r"), {"step": -2, "id": "é", "attempt": 300, "prompt_ids": [0, 127, 128, 16383, 16384, 2097151, 2097152, (1 << 31) - 1],
-                              "completion_ids": np.arange(5, dtype=np.int64), "trainer_reward": -1.1, "tags": {"a": "ü"}},
+    texts = [*batch(3, "r"), {"step": -2, "id": "é", "attempt": 300, "prompt": "p", "completion": "c", "trainer_reward": -1.1, "tags": {"a": "ü"}},
              Rollout(messages=[{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], run="r", step=1 << 40, group_size=200),
              {"prompt": "p\ud800q".encode("utf-8", "surrogatepass").decode("utf-8", "replace"), "completion": "c" * 3000, "text_form": "verbatim"}]
-    wanted = m.Tap(run=b"r", producer=b"p", epoch=(1 << 63) - 1, sequence=300, step_end=7)
-    for x in items:
-        pack(x, b"r", wanted.rollouts.add())
-    data = _encode.tap(b"r", b"p", (1 << 63) - 1, 300, _encode.rollouts(items, b"r"), 7)
-    assert m.Tap.FromString(data) == wanted and data == wanted.SerializeToString()
-    with pytest.raises(InvalidArgument, match="integers of 32 bits"):
-        _encode.rollouts([{"prompt_ids": [1 << 40]}], b"r")
-    with pytest.raises(InvalidArgument, match="from 0 on, found -1"):
-        _encode.rollouts([{"prompt_ids": [5, -1]}], b"r")
+    every = [0, 127, 128, 16383, 16384, 2097151, 2097152, (1 << 28) - 1]
+    a = np.array(every)
+    ids = [{"prompt_ids": every, "completion_ids": tuple(every[:3])}, {"prompt_ids": [], "completion_ids": every}]
+    alike = [{"prompt_ids": a, "completion_ids": a[:0]}, {"completion_ids": a[3:]}]
+    for items in (texts, ids, [*texts, *ids], alike, [{"prompt_ids": a.astype(np.int32)}], [{"prompt_ids": a.astype(np.uint64)}],
+                  [*ids, *alike], [{"prompt_ids": a[::2]}, {"prompt_ids": a.astype(np.int16)[:3]}, {"prompt_ids": a.astype(">i4")}],
+                  [{"prompt_ids": [*every, 1 << 28, (1 << 31) - 1]}, *alike], [{"prompt_ids": a % 100}]):
+        wanted = m.Tap(run=b"r", producer=b"p", epoch=(1 << 63) - 1, sequence=300, step_end=7)
+        for x in items:
+            pack(x, b"r", wanted.rollouts.add())
+        data = _encode.tap(b"r", b"p", (1 << 63) - 1, 300, _encode.rollouts(items, b"r"), 7)
+        assert m.Tap.FromString(data) == wanted and (items is not texts or data == wanted.SerializeToString())
+    for make in (list, np.array, lambda x: np.array(x)[::-1]):
+        with pytest.raises(InvalidArgument, match=f"integers of 32 bits, found {1 << 40}"):
+            _encode.rollouts([{"prompt_ids": [1]}, {"prompt_ids": make([3, 1 << 40])}], b"r")
+        with pytest.raises(InvalidArgument, match=f"integers of 32 bits, found {1 << 31}"):
+            _encode.rollouts([{"prompt_ids": make([3, 1 << 31])}], b"r")
+        with pytest.raises(InvalidArgument, match="from 0 on, found -1"):
+            _encode.rollouts([{"prompt_ids": make([5, -1])}], b"r")
+    for wrong, said in (([1, "a"], "32 bits, found 'a'"), (np.array([1.5]), "integers in one dimension, found float64"),
+                        (np.array([[1]]), "in one dimension, found int64 of shape"), ([1, None], "32 bits, found None"), ([1, 2.0], "32 bits, found 2.0")):
+        with pytest.raises(InvalidArgument, match=said):
+            _encode.rollouts([{"prompt_ids": wrong}], b"r")
+
+
+def test_tap_stores_ids_as_score_does(d):
+    """Ids by the tap and by score are one rollout of one content: the daemon answers the second with the first's verdict."""
+    import numpy as np
+
+    ids = {"prompt_ids": [40, 300, 5], "completion_ids": [7, 1700, 12, 0]}
+    with Client(**d.addresses, run="ids") as c:
+        c.publish([dict(ids, id="0"), {k: np.array(v) for k, v in ids.items()} | {"id": "1"}])
+        c.flush(30)
+        rows = demo.wait_for(lambda: len(r := c.query("ids")) == 2 and r)
+        assert list(c.score([dict(ids, id="0"), dict(ids, id="1")]).rewards) == [r.reward for r in rows] and len({r.reward for r in rows}) == 1
+        assert list(c.get("ids", 0, "0", "1").rollout.completion_ids) == ids["completion_ids"]
