@@ -147,7 +147,11 @@ static spurion_status live_next(spurion_client *c, spurion_alert *out, bool *fou
                 break;
             }
         }
-        if (a->held.epoch == a->epoch && a->held.seq < a->next_seq) {
+        if (a->held.seq == 0) { /* no space in the store: it cannot be stored, and has no number */
+            a->has_held = false;
+            *out = a->held;
+            *found = true;
+        } else if (a->held.epoch == a->epoch && a->held.seq < a->next_seq) {
             a->has_held = false; /* given out already */
         } else if (a->held.epoch == a->epoch && a->held.seq == a->next_seq) {
             a->has_held = false;
@@ -177,12 +181,12 @@ spurion_code spurion_client_alert_next(spurion_client *c, spurion_alert *out)
 
     SPURION_TRY(st, spurion_client_enter(c));
     SPURION_TRY(st, alerts_need(c));
+    SPURION_TRY(st, begin(c)); /* before the connection: whoever sees that knows that every alert from now on is given */
     opened = a->sp.opened;
     st = spurion_sp_step(&a->sp);
     if (st.code != SPURION_OK && st.code != SPURION_UNAVAILABLE) {
         goto out;
     }
-    SPURION_TRY(st, begin(c));
     if (a->sp.opened != opened || spurion_sp_now_ms() >= a->look_at_ms) {
         a->fetch_below = UINT64_MAX; /* a new connection: what came in between is in the store */
     }

@@ -600,10 +600,10 @@ static void *intake_main(void *context)
     shared *sh = context;
     spurion_bytes values[] = {text("one"), text("two")};
     uint64_t tickets[2];
-    while (!atomic_load(&sh->stop)) {
+    do { /* at least once, however late this thread begins */
         assert_ok(spurion_store_inbox_put(tickets, sh->store, values, 2, NULL, NULL, 0));
         assert_ok(spurion_store_meta_put(sh->store, text("key"), text("value")));
-    }
+    } while (!atomic_load(&sh->stop));
     return NULL;
 }
 
