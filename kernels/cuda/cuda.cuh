@@ -60,10 +60,12 @@ typedef struct spurion_cuda {
 
 struct spurion_matrix {
     int N, K;
-    spurion_dtype dtype;
+    spurion_dtype dtype, type; /* what was asked; of the products: bf16 where features are screened (sae.cuh) */
     int directions;
-    void *w;     /* (N, K) of dtype */
+    void *w;     /* (N, K) of type; first of one block of memory */
     float *bias; /* (N) or NULL */
+    float *rows, *reach; /* screened: (N, K) f32; (N): the larger of |w' - w| / loss and |w|, w' = w in bf16; else NULL */
+    float loss;          /* screened: typical |w' - w| / |w| */
     struct spurion_cuda_plan *forward, *backward;
 };
 

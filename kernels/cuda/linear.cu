@@ -390,7 +390,7 @@ static spurion_status plan_get(spurion_cuda_plan **out, spurion_cuda *cuda, cons
     spurion_cuda_plan want = {};
     want.outputs = forward ? m->N : m->K;
     want.inner = forward ? m->K : m->N;
-    want.dtype = m->dtype;
+    want.dtype = m->type;
     want.transposed = forward;
     want.bias = forward && m->bias != NULL;
     for (spurion_cuda_plan *p = cuda->plans; p != NULL; p = p->next) {
@@ -422,12 +422,25 @@ static size_t weight_bytes(int N, int K, spurion_dtype dtype)
     return spurion_cuda_round_up((size_t)N * (size_t)K * spurion_dtype_bytes(dtype), 256);
 }
 
+static size_t row_bytes(int N)
+{
+    return spurion_cuda_round_up((size_t)N * sizeof(float), 256);
+}
+
+/* An encoder in f32 of which only few outputs of a row are kept: products in bf16, and the rows themselves (sae.cuh). */
+static bool screened(int directions, spurion_dtype dtype)
+{
+    return (directions & SPURION_SELECT) && dtype == SPURION_F32;
+}
+
 /* Weights serve both directions as they are; the bias has its place even where there is none. */
 extern "C" size_t spurion_cuda_matrix_bytes(const spurion_dev *dev, int N, int K, int directions, spurion_dtype dtype)
 {
     (void)dev;
-    (void)directions;
-    return weight_bytes(N, K, dtype) + (size_t)N * sizeof(float);
+    if (screened(directions, dtype)) {
+        return weight_bytes(N, K, SPURION_BF16) + 2 * row_bytes(N) + weight_bytes(N, K, SPURION_F32);
+    }
+    return weight_bytes(N, K, dtype) + row_bytes(N);
 }
 
 static __global__ void narrow_kernel(uint16_t *out, const float *in, int64_t count)
@@ -438,34 +451,101 @@ static __global__ void narrow_kernel(uint16_t *out, const float *in, int64_t cou
     }
 }
 
+/* length[2 n], length[2 n + 1] = |w' - w|, |w| of row n, rounded up. A warp per row. */
+static __global__ void length_kernel(float *length, const float *w, int N, int K)
+{
+    int64_t n = spurion_item() / SPURION_CUDA_WARP;
+    double lost = 0, whole = 0;
+    if (n >= N) {
+        return; /* the whole warp */
+    }
+    for (int k = (int)(threadIdx.x % SPURION_CUDA_WARP); k < K; k += SPURION_CUDA_WARP) {
+        float v = w[(size_t)n * (size_t)K + (size_t)k];
+        double gone = (double)(spurion_from_bf16(ptx_bf16(v)) - v);
+        lost += gone * gone;
+        whole += (double)v * (double)v;
+    }
+    lost = spurion_sum<SPURION_CUDA_WARP>(lost);
+    whole = spurion_sum<SPURION_CUDA_WARP>(whole);
+    if (threadIdx.x % SPURION_CUDA_WARP == 0) {
+        length[2 * n] = (float)(1.00001 * sqrt(lost));
+        length[2 * n + 1] = (float)(1.00001 * sqrt(whole));
+    }
+}
+
 /* f32 host weights onto the device; bf16 ones are rounded there, a piece at a time. */
 static spurion_status put_weights(spurion_cuda *cuda, spurion_matrix *m, const float *w)
 {
     size_t count = (size_t)m->N * (size_t)m->K, most = cuda->wide.bytes / sizeof(float);
-    if (m->dtype == SPURION_F32) {
+    if (m->type == SPURION_F32) {
         return spurion_cuda_send(cuda, m->w, w, count * sizeof *w);
     }
     for (size_t at = 0, n; at < count; at += n) {
         n = count - at < most ? count - at : most;
-        SPURION_CUDA_DO(spurion_cuda_send(cuda, cuda->wide.p, w + at, n * sizeof *w));
+        float *wide = m->rows == NULL ? (float *)cuda->wide.p : m->rows + at;
+        SPURION_CUDA_DO(spurion_cuda_send(cuda, wide, w + at, n * sizeof *w));
         SPURION_CUDA(cuda, spurion_cuda_launch(cuda, narrow_kernel, spurion_item_grid((int64_t)n), SPURION_CUDA_THREADS, 0, (uint16_t *)m->w + at,
-                                               (const float *)cuda->wide.p, (int64_t)n));
+                                               (const float *)wide, (int64_t)n));
     }
     return spurion_ok();
+}
+
+/* One number per row instead of two, for what rounding loses is nearly the same share of every row. */
+static void reach_of(spurion_matrix *m, float *length)
+{
+    double lost = 0, whole = 0;
+    for (int n = 0; n < m->N; n++) {
+        lost += (double)length[2 * n];
+        whole += (double)length[2 * n + 1];
+    }
+    m->loss = whole > 0 ? (float)(1.05 * lost / whole) : 0.0f;
+    for (int n = 0; n < m->N; n++) { /* 1.00001: the roundings of this line */
+        float share = length[2 * n] > 0.0f ? 1.00001f * (length[2 * n] / m->loss) : 0.0f;
+        length[n] = share > length[2 * n + 1] ? share : length[2 * n + 1];
+    }
+}
+
+static spurion_status put_reach(spurion_cuda *cuda, spurion_matrix *m)
+{
+    size_t bytes = 2 * (size_t)m->N * sizeof(float);
+    float *length = (float *)malloc(bytes);
+    spurion_status st = spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory for the row lengths of a matrix");
+    if (length != NULL) {
+        st = spurion_cuda_reserve(cuda, &cuda->work, bytes);
+    }
+    if (st.code == SPURION_OK) {
+        cudaError_t e = spurion_cuda_launch(cuda, length_kernel, spurion_row_grid(m->N, SPURION_CUDA_WARP), SPURION_CUDA_THREADS, 0, (float *)cuda->work.p,
+                                            (const float *)m->rows, m->N, m->K);
+        st = e == cudaSuccess ? spurion_cuda_download(&cuda->dev, length, cuda->work.p, bytes) : spurion_cuda_error(cuda, e, "length_kernel");
+    }
+    if (st.code == SPURION_OK) {
+        reach_of(m, length);
+        st = spurion_cuda_send(cuda, m->reach, length, (size_t)m->N * sizeof *length);
+    }
+    free(length);
+    return st;
 }
 
 static spurion_status matrix_fill(spurion_cuda *cuda, spurion_matrix *m, const float *w, const float *bias)
 {
     size_t widest = (size_t)(m->N > m->K ? m->N : m->K), pad = SPURION_CUDA_ROW_STEP * widest;
     SPURION_CUDA_DO(spurion_cuda_alloc(&cuda->dev, &m->w, spurion_cuda_matrix_bytes(&cuda->dev, m->N, m->K, m->directions, m->dtype)));
+    char *behind = (char *)m->w + weight_bytes(m->N, m->K, m->type);
+    if (screened(m->directions, m->dtype)) {
+        m->reach = (float *)(void *)(behind + row_bytes(m->N));
+        m->rows = (float *)(void *)(behind + 2 * row_bytes(m->N));
+    }
     SPURION_CUDA_DO(put_weights(cuda, m, w));
+    if (m->rows != NULL) {
+        SPURION_CUDA_DO(put_reach(cuda, m));
+    }
     if (bias != NULL) {
-        m->bias = (float *)(void *)((char *)m->w + weight_bytes(m->N, m->K, m->dtype));
+        m->bias = (float *)(void *)behind;
         SPURION_CUDA_DO(spurion_cuda_send(cuda, m->bias, bias, (size_t)m->N * sizeof *bias));
     }
-    SPURION_CUDA_DO(spurion_cuda_reserve(cuda, &cuda->pad_in, pad * spurion_dtype_bytes(m->dtype)));
+    SPURION_CUDA_DO(spurion_cuda_reserve(cuda, &cuda->pad_in, pad * spurion_dtype_bytes(m->type)));
     SPURION_CUDA_DO(spurion_cuda_reserve(cuda, &cuda->pad_out, pad * sizeof(float)));
-    if (m->directions & (SPURION_FORWARD | SPURION_SELECT)) { /* SELECT: nothing cheaper is tried here */
+    if (m->directions & (SPURION_FORWARD | SPURION_SELECT)) {
         SPURION_CUDA_DO(plan_get(&m->forward, cuda, m, true));
     }
     if (m->directions & SPURION_BACKWARD) {
@@ -487,6 +567,7 @@ extern "C" spurion_status spurion_cuda_matrix_create(spurion_dev *dev, spurion_m
     m->N = N;
     m->K = K;
     m->dtype = dtype;
+    m->type = screened(directions, dtype) ? SPURION_BF16 : dtype;
     m->directions = directions;
     spurion_status st = matrix_fill(cuda, m, w, bias);
     if (st.code != SPURION_OK) {
@@ -512,7 +593,7 @@ static spurion_status run(spurion_dev *dev, float *out, int out_stride, const vo
     spurion_cuda *cuda = spurion_cuda_of(dev);
     product p = {forward ? m->forward : m->backward, m->w, forward ? m->bias : NULL, mode};
     double n = m->N, k = m->K, t = T;
-    if (p.plan == NULL) {
+    if (p.plan == NULL || m->rows != NULL) {
         return spurion_error(SPURION_INTERNAL, "matrix (%d, %d) was not made for this direction", m->N, m->K);
     }
     SPURION_CUDA_DO(spurion_cuda_begin(cuda));

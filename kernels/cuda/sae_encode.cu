@@ -1,335 +1,330 @@
-/* SAE encode: the token's norm, the product in chunks of rows (cuBLASLt), then one block of threads per row picks its active features straight
- * into a sparse list, ascending by index. Top-k is exact: the k-th largest value's bits are found digit by digit (radix selection over
- * counts, which are whole numbers and thus the same in any order); equal values go to the lowest index.
- * Thread: engine. Memory: the caller's scratch. */
-#include "kernels/cuda/scan.cuh"
+/* SAE encode: the token's norm, the product in chunks of rows (cuBLASLt), then the selection (sae_select.cu). Where the matrix is screened
+ * the product is one of bf16 on tensor cores, and only what its error bound cannot exclude is computed in f32: an encoder in f32 without
+ * tensor cores would cost as much as the model. Thread: engine. Memory: the caller's scratch. */
+#include "kernels/cuda/sae.cuh"
 
-enum { THREADS = SPURION_CUDA_THREADS, BINS = 2048 };
+enum { THREADS = SPURION_CUDA_THREADS };
 #define CHUNK_BYTES ((size_t)256 << 20) /* of pre-activations: what the second-level cache and the block scheduler like is a matter of measurement */
 
 /* --- scratch --- */
 
-static int chunk_rows(const spurion_sae_weights *sae, int T)
+/* Of one call: what chunks of at most `rows` rows need, and of a top-k dictionary what encode_members asks of it. */
+typedef struct scratch_layout {
+    int rows;
+    size_t input, pre;                                       /* (rows, d) of the product's type; (rows, F) f32 */
+    size_t shift, factor, spread, settled;                   /* (rows) f32 */
+    size_t asked, asked_count, list_count, list_index, list_value; /* (T) and one int32; (rows), (rows, k) */
+    size_t bytes;
+} scratch_layout;
+
+static size_t take(size_t *at, size_t bytes)
 {
-    size_t rows = CHUNK_BYTES / ((size_t)sae->F * sizeof(float)) / SPURION_CUDA_ROW_STEP * SPURION_CUDA_ROW_STEP;
+    size_t here = *at;
+    *at += spurion_cuda_round_up(bytes, 256);
+    return here;
+}
+
+static int chunk_rows(int F, int T)
+{
+    size_t rows = CHUNK_BYTES / ((size_t)F * sizeof(float)) / SPURION_CUDA_ROW_STEP * SPURION_CUDA_ROW_STEP;
     size_t wanted = spurion_cuda_round_up((size_t)(T > 0 ? T : 1), SPURION_CUDA_ROW_STEP);
     rows = rows < (size_t)SPURION_CUDA_ROW_STEP ? (size_t)SPURION_CUDA_ROW_STEP : rows;
     return (int)(rows < wanted ? rows : wanted);
 }
 
-static size_t input_bytes(const spurion_sae_weights *sae, int rows)
+static scratch_layout layout_of(const spurion_sae_weights *sae, int T)
 {
-    return spurion_cuda_round_up((size_t)rows * (size_t)sae->d * spurion_dtype_bytes(sae->enc->dtype), 256);
+    scratch_layout l = {};
+    l.rows = chunk_rows(sae->F, T);
+    size_t rows = (size_t)l.rows, list = sae->kind == SPURION_SAE_TOPK ? rows * (size_t)sae->k : 0;
+    l.input = take(&l.bytes, rows * (size_t)sae->d * spurion_dtype_bytes(sae->enc->type));
+    l.pre = take(&l.bytes, rows * (size_t)sae->F * sizeof(float));
+    l.shift = take(&l.bytes, rows * sizeof(float));
+    l.factor = take(&l.bytes, rows * sizeof(float));
+    l.spread = take(&l.bytes, rows * sizeof(float));
+    l.settled = take(&l.bytes, list > 0 ? (size_t)T * sizeof(float) : 0);
+    l.asked = take(&l.bytes, list > 0 ? (size_t)T * sizeof(int32_t) : 0);
+    l.asked_count = take(&l.bytes, list > 0 ? sizeof(int32_t) : 0);
+    l.list_count = take(&l.bytes, list > 0 ? rows * sizeof(int32_t) : 0);
+    l.list_index = take(&l.bytes, list * sizeof(int32_t));
+    l.list_value = take(&l.bytes, list * sizeof(float));
+    return l;
 }
 
 extern "C" size_t spurion_cuda_sae_scratch_bytes(const spurion_dev *dev, const spurion_sae_weights *sae, int T)
 {
-    int rows = chunk_rows(sae, T);
     (void)dev;
-    return 256 + input_bytes(sae, rows) + (size_t)rows * (size_t)sae->F * sizeof(float);
+    return 256 + layout_of(sae, T).bytes;
 }
 
 /* --- input --- */
 
-/* u[t] = (x[t] - shift) * factor of the matrix's type, and what the output is scaled by: cpu/sae_encode.c. One block per row. */
-static __global__ void prepare_kernel(void *u, float *token_scale, float *token_shift, const float *x, int d, spurion_sae_norm norm, spurion_dtype dtype)
+typedef struct prepare_args {
+    void *u;
+    float *shift, *factor, *spread;      /* (rows) of the chunk */
+    float *token_scale, *token_shift;    /* (rows), or NULL */
+    const float *x;
+    const int32_t *source; /* row of x for each; NULL: the same */
+    int d;
+    float loss; /* of the encoder's rows: spurion_matrix */
+    spurion_sae_norm norm;
+    spurion_dtype type;
+    bool whole;
+} prepare_args;
+
+/* What a row's bound on errors needs (sae.cuh), per unit of a feature's reach: |u| stands for |u'| within 2^-8, sums of d products in f32 on
+ * tensor cores (which keep 24 bits and cut the rest, 16 products at a time) are off by at most d 2^-23 |u| |w|, exact ones by d 2^-28. */
+static __device__ inline float spread_of(double whole, double lost, float loss, int d)
 {
-    size_t t = blockIdx.x, at = t * (size_t)d;
-    double mean = 0, square = 0, scale = 1, factor = 1;
-    if (norm == SPURION_SAE_NORM_LAYER) {
-        for (int c = (int)threadIdx.x; c < d; c += THREADS) {
-            mean += (double)x[at + (size_t)c];
+    whole = sqrt(whole);
+    return (float)(1.001 * (1.01 * (double)loss * whole + sqrt(lost) + (1.3e-7 * d + 1e-6) * whole) + 1e-30);
+}
+
+/* u[t] = (x[t] - shift) * factor of the matrix's type, and what the output is scaled by: cpu/sae_encode.c. One block per row. */
+static __global__ void __launch_bounds__(THREADS) prepare_kernel(prepare_args a)
+{
+    size_t t = blockIdx.x, d = (size_t)a.d;
+    const float *x = a.x + (a.source == NULL ? t : (size_t)a.source[t]) * d;
+    double mean = 0, square = 0, scale = 1, factor = 1, whole = 0, lost = 0;
+    if (a.norm == SPURION_SAE_NORM_LAYER) {
+        for (int c = (int)threadIdx.x; c < a.d; c += THREADS) {
+            mean += (double)x[c];
         }
-        mean = spurion_sum<THREADS>(mean) / d;
+        mean = spurion_sum<THREADS>(mean) / a.d;
     }
-    if (norm != SPURION_SAE_NORM_NONE) {
-        for (int c = (int)threadIdx.x; c < d; c += THREADS) {
-            double v = (double)x[at + (size_t)c] - mean;
+    if (a.norm != SPURION_SAE_NORM_NONE) {
+        for (int c = (int)threadIdx.x; c < a.d; c += THREADS) {
+            double v = (double)x[c] - mean;
             square += v * v;
         }
         square = spurion_sum<THREADS>(square);
-        double length = sqrt(square), sd = sqrt(square / (d - 1));
-        bool layer = norm == SPURION_SAE_NORM_LAYER;
-        scale = layer ? sd : length / sqrt((double)d);
-        factor = layer ? 1.0 / (sd + 1e-5) : length > 0 ? sqrt((double)d) / length : 0.0;
+        double length = sqrt(square), sd = sqrt(square / (a.d - 1));
+        bool layer = a.norm == SPURION_SAE_NORM_LAYER;
+        scale = layer ? sd : length / sqrt((double)a.d);
+        factor = layer ? 1.0 / (sd + 1e-5) : length > 0 ? sqrt((double)a.d) / length : 0.0;
     }
     float shift = (float)mean, by = (float)factor;
-    for (int c = (int)threadIdx.x; c < d; c += THREADS) {
-        float v = (x[at + (size_t)c] - shift) * by;
-        if (dtype == SPURION_F32) {
-            ((float *)u)[at + (size_t)c] = v;
-        } else {
-            ((uint16_t *)u)[at + (size_t)c] = ptx_bf16(v);
+    for (int c = 4 * (int)threadIdx.x; c < a.d; c += 4 * THREADS) {
+        spurion_four v = spurion_load4(x + c, a.d - c, a.whole);
+        for (int i = 0; i < 4 && c + i < a.d; i++) {
+            v.v[i] = (v.v[i] - shift) * by;
+            double gone = (double)(spurion_from_bf16(ptx_bf16(v.v[i])) - v.v[i]);
+            whole += (double)v.v[i] * (double)v.v[i];
+            lost += gone * gone;
         }
+        spurion_store4_act(a.u, t * d + (size_t)c, v, a.d - c, a.whole, a.type);
     }
+    whole = spurion_sum<THREADS>(whole);
+    lost = spurion_sum<THREADS>(lost);
     if (threadIdx.x == 0) {
-        token_scale[t] = (float)scale;
-        token_shift[t] = shift;
+        a.shift[t] = shift;
+        a.factor[t] = by;
+        a.spread[t] = spread_of(whole, lost, a.loss, a.d);
+        if (a.token_scale != NULL) {
+            a.token_scale[t] = (float)scale;
+            a.token_shift[t] = shift;
+        }
     }
 }
 
-/* --- activation --- */
+/* --- encode --- */
 
-/* What selection looks at. */
-typedef struct select_args {
-    float *pre; /* (rows, F), changed in place where a kind looks at it twice */
-    const float *threshold, *scale, *gate_bias, *mag_scale, *mag_bias;
-    int32_t *count, *index; /* of the chunk's first row */
-    float *value;
-    int F, k, slots;
+/* One call. Rows are those of x, or those that `source` names. */
+typedef struct encode_job {
+    spurion_cuda *cuda;
+    const spurion_sae_weights *sae;
+    spurion_sparse out;     /* lists of all rows; of one chunk where source is set */
+    const float *x;
+    const int32_t *source, *member;
+    const float *settled;
     spurion_sae_kind kind;
-    const int32_t *member; /* of lists: index of each of the F features in the whole dictionary; of TOPK: the features that are listed; or NULL */
-    int member_count;
-} select_args;
+    scratch_layout l;
+    char *scratch;
+} encode_job;
 
-/* f of feature i from its product (bias included): not positive where it is silent. */
-static __device__ inline float activate(const select_args &a, float p, int i)
+static float *floats_at(const encode_job *j, size_t at)
 {
-    if (a.kind == SPURION_SAE_GATED) {
-        return p + a.gate_bias[i] > 0.0f ? p * a.mag_scale[i] + a.mag_bias[i] : 0.0f;
-    }
-    float q = a.scale == NULL ? p : p * a.scale[i];
-    return a.kind == SPURION_SAE_JUMPRELU && !(q > a.threshold[i]) ? 0.0f : q;
+    return (float *)(void *)(j->scratch + at);
 }
 
-/* --- lists --- */
-
-/* Bits of positive values order like the values; everything else is 0. */
-static __device__ inline uint32_t rank_bits(float v)
+/* Rows first .. first + rows - 1 into lists of rows to onward. */
+static spurion_status encode_chunk(const encode_job *j, int first, int rows, int to)
 {
-    return v > 0.0f ? __float_as_uint(v) : 0u;
+    const spurion_sae_weights *sae = j->sae;
+    const spurion_matrix *m = sae->enc;
+    const scratch_layout *l = &j->l;
+    size_t at = (size_t)first, out = (size_t)to, slots = (size_t)j->out.slots, d = (size_t)sae->d;
+    const float *x = j->source == NULL ? j->x + at * d : j->x;
+    const int32_t *source = j->source == NULL ? NULL : j->source + at;
+    prepare_args p = {j->scratch + l->input, floats_at(j, l->shift), floats_at(j, l->factor), floats_at(j, l->spread), NULL, NULL, x, source, sae->d,
+                      m->loss, sae->norm, m->type, false};
+    p.whole = spurion_whole(x, d, sae->d, SPURION_F32);
+    if (j->source == NULL) {
+        p.token_scale = j->out.token_scale + out;
+        p.token_shift = j->out.token_shift + out;
+    }
+    SPURION_CUDA(j->cuda, spurion_cuda_launch(j->cuda, prepare_kernel, dim3((unsigned)rows), THREADS, 0, p));
+    SPURION_CUDA_DO(spurion_cuda_product_padded(j->cuda, floats_at(j, l->pre), p.u, m, rows));
+    spurion_select a = {floats_at(j, l->pre), m->bias, sae->threshold, sae->scale, sae->gate_bias, sae->mag_scale, sae->mag_bias, m->rows, m->reach, x,
+                        p.shift, p.factor, p.spread, source, j->settled == NULL ? NULL : j->settled + at, j->out.count + out,
+                        j->out.index + out * slots, j->out.value + out * slots, j->member, sae->d, sae->F, sae->k, j->out.slots, j->kind, false, false};
+    a.whole = p.whole && spurion_whole(m->rows, d, sae->d, SPURION_F32);
+    a.whole_pre = sae->F % 4 == 0;
+    return spurion_cuda_select(j->cuda, &a, rows);
 }
 
-/* Writes all features above `bar` and the first `ties` of those at it, in order; gives their number. bar >= 1. active: pre holds f. */
-static __device__ inline int write_list(const select_args &a, const float *row, size_t t, uint32_t bar, int ties, bool active)
+static spurion_status encode_rows(const encode_job *j, int T)
 {
-    int taken = 0, tied = 0;
-    for (int base = 0; base < a.F; base += 4 * THREADS) {
-        int first = base + 4 * (int)threadIdx.x, strict = 0, equal = 0, total;
-        uint32_t bits[4];
-        for (int n = 0; n < 4; n++) {
-            int i = first + n;
-            bits[n] = i < a.F ? rank_bits(active ? row[i] : activate(a, row[i], i)) : 0u;
-            strict += bits[n] > bar;
-            equal += bits[n] == bar;
-        }
-        int before = spurion_scan(strict | equal << 16, &total); /* at most 1024 of each */
-        int to = taken + (before & 0xffff), tie = tied + (before >> 16);
-        for (int n = 0; n < 4; n++) {
-            bool is_tie = bits[n] == bar;
-            int place = to + (tie < ties ? tie : ties);
-            if ((bits[n] > bar || (is_tie && tie < ties)) && place < a.slots) {
-                a.index[t * (size_t)a.slots + (size_t)place] = a.member == NULL ? first + n : a.member[first + n];
-                a.value[t * (size_t)a.slots + (size_t)place] = __uint_as_float(bits[n]);
-            }
-            to += bits[n] > bar;
-            tie += is_tie;
-        }
-        taken += total & 0xffff;
-        tied += total >> 16;
+    for (int first = 0; first < T; first += j->l.rows) {
+        SPURION_CUDA_DO(encode_chunk(j, first, T - first < j->l.rows ? T - first : j->l.rows, first));
     }
-    return taken + (tied < ties ? tied : ties);
-}
-
-/* --- top-k --- */
-
-/* One digit of the k-th largest: among values whose higher digits are those of `bar`, the bin that holds number *need from the top.
- * Changes bar and *need (what is left to take inside the bin). */
-static __device__ inline uint32_t find_digit(int *bins, const select_args &a, const float *row, uint32_t bar, int shift, int digit_bits, int *need)
-{
-    __shared__ int found[2];
-    const int count = 1 << digit_bits, each = BINS / THREADS;
-    for (int i = (int)threadIdx.x; i < BINS; i += THREADS) {
-        bins[i] = 0;
-    }
-    __syncthreads();
-    for (int i = (int)threadIdx.x; i < a.F; i += THREADS) {
-        uint32_t bits = rank_bits(row[i]);
-        if (bits != 0 && (uint64_t)bits >> (shift + digit_bits) == (uint64_t)bar >> (shift + digit_bits)) {
-            (void)atomicAdd(&bins[bits >> shift & (uint32_t)(count - 1)], 1);
-        }
-    }
-    __syncthreads();
-    int mine = 0, total; /* bins from the top: thread n has BINS - 1 - each n downward */
-    for (int n = 0; n < each; n++) {
-        mine += bins[BINS - 1 - each * (int)threadIdx.x - n];
-    }
-    int above = spurion_scan(mine, &total);
-    if (above < *need && above + mine >= *need) { /* one thread */
-        int bin = BINS - 1 - each * (int)threadIdx.x;
-        while (above + bins[bin] < *need) {
-            above += bins[bin--];
-        }
-        found[0] = bin;
-        found[1] = *need - above;
-    }
-    __syncthreads();
-    uint32_t digit = (uint32_t)found[0];
-    *need = found[1];
-    __syncthreads(); /* found and bins have been read */
-    return bar | digit << shift;
-}
-
-static __device__ inline int positive_count(const select_args &a, const float *row)
-{
-    int mine = 0, total;
-    for (int i = (int)threadIdx.x; i < a.F; i += THREADS) {
-        mine += row[i] > 0.0f;
-    }
-    (void)spurion_scan(mine, &total);
-    return total;
-}
-
-/* What write_list would list stays in the row, everything else becomes 0. */
-static __device__ inline void keep_taken(const select_args &a, float *row, uint32_t bar, int ties)
-{
-    int tied = 0;
-    for (int base = 0; base < a.F; base += THREADS) {
-        int i = base + (int)threadIdx.x, total;
-        uint32_t bits = i < a.F ? rank_bits(row[i]) : 0u;
-        int before = tied + spurion_scan(bits == bar, &total);
-        if (i < a.F && !(bits > bar || (bits == bar && before < ties))) {
-            row[i] = 0.0f;
-        }
-        tied += total;
-    }
-}
-
-/* Writes the members that are left in the row, in order; gives their number. */
-static __device__ inline int write_members(const select_args &a, const float *row, size_t t)
-{
-    int taken = 0;
-    for (int base = 0; base < a.member_count; base += THREADS) {
-        int m = base + (int)threadIdx.x, total;
-        int32_t i = m < a.member_count ? a.member[m] : 0;
-        float v = m < a.member_count ? row[i] : 0.0f;
-        int place = taken + spurion_scan(v > 0.0f, &total);
-        if (v > 0.0f && place < a.slots) {
-            a.index[t * (size_t)a.slots + (size_t)place] = i;
-            a.value[t * (size_t)a.slots + (size_t)place] = v;
-        }
-        taken += total;
-    }
-    return taken;
-}
-
-/* --- groups --- */
-
-/* Leaves only the largest of each group in the row (the lowest index of equals), and that only where it is positive. A warp per group. */
-static __device__ inline void keep_group_maxima(const select_args &a, float *row)
-{
-    int lane = (int)(threadIdx.x % SPURION_CUDA_WARP), size = a.F / a.k;
-    for (int g = (int)(threadIdx.x / SPURION_CUDA_WARP); g < a.k; g += THREADS / SPURION_CUDA_WARP) {
-        float best = 0.0f;
-        int at = a.F;
-        for (int i = lane; i < size; i += SPURION_CUDA_WARP) {
-            float v = row[g * size + i];
-            if (v > best) {
-                best = v;
-                at = i;
-            }
-        }
-        for (int mask = SPURION_CUDA_WARP / 2; mask > 0; mask /= 2) {
-            float other = __shfl_xor_sync(0xffffffffu, best, mask);
-            int other_at = __shfl_xor_sync(0xffffffffu, at, mask);
-            if (other > best || (other == best && other_at < at)) {
-                best = other;
-                at = other_at;
-            }
-        }
-        for (int i = lane; i < size; i += SPURION_CUDA_WARP) {
-            row[g * size + i] = i == at ? best : 0.0f;
-        }
-    }
-}
-
-/* One block per row. */
-static __global__ void __launch_bounds__(THREADS) select_kernel(select_args a)
-{
-    __shared__ int bins[BINS];
-    size_t t = blockIdx.x;
-    float *row = a.pre + t * (size_t)a.F;
-    bool twice = a.kind == SPURION_SAE_TOPK || a.kind == SPURION_SAE_GROUPMAX;
-    uint32_t bar = 0;
-    int ties = 0, need = a.k;
-
-    if (twice) {
-        for (int i = (int)threadIdx.x; i < a.F; i += THREADS) {
-            row[i] = activate(a, row[i], i);
-        }
-        __syncthreads();
-    }
-    if (a.kind == SPURION_SAE_GROUPMAX) {
-        keep_group_maxima(a, row);
-        __syncthreads();
-    } else if (a.kind == SPURION_SAE_TOPK && positive_count(a, row) > a.k) {
-        bar = find_digit(bins, a, row, bar, 21, 11, &need);
-        bar = find_digit(bins, a, row, bar, 10, 11, &need);
-        bar = find_digit(bins, a, row, bar, 0, 10, &need);
-        ties = need;
-    }
-    int held;
-    if (a.kind == SPURION_SAE_TOPK && a.member != NULL) {
-        keep_taken(a, row, bar, ties);
-        __syncthreads();
-        held = write_members(a, row, t);
-    } else {
-        held = write_list(a, row, t, bar, ties, twice); /* bar 0: all that is positive */
-    }
-    if (threadIdx.x == 0) {
-        a.count[t] = held;
-    }
-}
-
-/* Rows first .. first + rows - 1. member: NULL, or as in select_args. */
-static spurion_status encode_chunk(spurion_cuda *cuda, spurion_sparse *out, const spurion_sae_weights *sae, const int32_t *member, int member_count,
-                                   const float *x, char *scratch, int first, int rows, int most)
-{
-    void *u = scratch;
-    float *pre = (float *)(void *)(scratch + input_bytes(sae, most));
-    size_t at = (size_t)first, slots = (size_t)out->slots;
-    select_args a = {pre, sae->threshold, sae->scale, sae->gate_bias, sae->mag_scale, sae->mag_bias, out->count + at, out->index + at * slots,
-                     out->value + at * slots, sae->F, sae->k, out->slots, sae->kind, member, member_count};
-    SPURION_CUDA(cuda, spurion_cuda_launch(cuda, prepare_kernel, dim3((unsigned)rows), THREADS, 0, u, out->token_scale + at, out->token_shift + at,
-                                           x + at * (size_t)sae->d, sae->d, sae->norm, sae->enc->dtype));
-    SPURION_CUDA_DO(spurion_cuda_product_padded(cuda, pre, u, sae->enc, rows));
-    SPURION_CUDA(cuda, spurion_cuda_launch(cuda, select_kernel, dim3((unsigned)rows), THREADS, 0, a));
     return spurion_ok();
 }
 
-static spurion_status encode_rows(spurion_cuda *cuda, spurion_sparse *out, const spurion_sae_weights *sae, const int32_t *member, int member_count,
-                                  const float *x, void *scratch, int T)
+static encode_job job_of(spurion_cuda *cuda, const spurion_sparse *out, const spurion_sae_weights *sae, const float *x, void *scratch, int T)
 {
-    double t = T, d = sae->d, F = sae->F;
-    char *place = (char *)scratch + (-(size_t)scratch & 255);
-    int most = chunk_rows(sae, T);
-    SPURION_CUDA_DO(spurion_cuda_begin(cuda));
-    for (int first = 0; first < T; first += most) {
-        SPURION_CUDA_DO(encode_chunk(cuda, out, sae, member, member_count, x, place, first, T - first < most ? T - first : most, most));
-    }
-    return spurion_cuda_end(cuda, SPURION_CLASS_SAE_ENCODE, 2 * t * d * F, 4 * t * d + d * F * (double)spurion_dtype_bytes(sae->enc->dtype));
+    encode_job j = {};
+    j.cuda = cuda;
+    j.sae = sae;
+    j.out = *out;
+    j.x = x;
+    j.kind = sae->kind;
+    j.l = layout_of(sae, T);
+    j.scratch = (char *)scratch + (-(size_t)scratch & 255);
+    return j;
+}
+
+static spurion_status encode_end(spurion_cuda *cuda, const spurion_sae_weights *sae, double rows)
+{
+    double d = sae->d, F = sae->F;
+    return spurion_cuda_end(cuda, SPURION_CLASS_SAE_ENCODE, 2 * rows * d * F, 4 * rows * d + d * F * (double)spurion_dtype_bytes(sae->enc->type));
 }
 
 extern "C" spurion_status spurion_cuda_sae_encode(spurion_dev *dev, spurion_sparse *out, const spurion_sae_weights *sae, const float *x, void *scratch, int T)
 {
     spurion_cuda *cuda = spurion_cuda_of(dev);
-    if (sae->enc->N != sae->F || (sae->kind == SPURION_SAE_GROUPMAX && (sae->k <= 0 || sae->F % sae->k != 0)) ||
+    if (sae->enc->N != sae->F || (sae->kind == SPURION_SAE_GROUPMAX && (sae->k <= 0 || sae->F % sae->k != 0 || sae->enc->rows != NULL)) ||
         (sae->kind == SPURION_SAE_TOPK && (sae->k <= 0 || sae->k > out->slots))) {
         return spurion_error(SPURION_INVALID_ARGUMENT, "SAE: expected an encoder of %d features and k that fits %d slots, found %d, k %d", sae->F, out->slots,
                              sae->enc->N, sae->k);
     }
-    return encode_rows(cuda, out, sae, NULL, 0, x, scratch, T);
+    SPURION_CUDA_DO(spurion_cuda_begin(cuda));
+    encode_job j = job_of(cuda, out, sae, x, scratch, T);
+    SPURION_CUDA_DO(encode_rows(&j, T));
+    return encode_end(cuda, sae, T);
 }
 
-/* Lists: the part is a dictionary of its own. Top-k: the whole dictionary is encoded, and the members of what it keeps are listed. */
+/* --- members --- */
+
+/* Rows that list something, in order, with their largest value; their number. One block of threads. */
+static __global__ void __launch_bounds__(THREADS) ask_kernel(int32_t *asked, int32_t *asked_count, float *settled, spurion_sparse f, int T)
+{
+    int taken = 0;
+    for (int base = 0; base < T; base += THREADS) {
+        int t = base + (int)threadIdx.x, n = t < T ? f.count[t] : 0, total;
+        int place = taken + spurion_scan(n > 0, &total);
+        float top = 0.0f;
+        for (int i = 0; i < n; i++) {
+            top = fmaxf(top, f.value[(size_t)t * (size_t)f.slots + (size_t)i]);
+        }
+        if (n > 0) {
+            asked[place] = t;
+            settled[place] = top;
+        }
+        taken += total;
+    }
+    if (threadIdx.x == 0) {
+        *asked_count = taken;
+    }
+}
+
+/* Leaves of row asked[r]'s list what stands in list r; both ascend. A warp per row. */
+static __global__ void keep_kernel(spurion_sparse f, const int32_t *asked, spurion_sparse list, int rows)
+{
+    int64_t r = spurion_item() / SPURION_CUDA_WARP;
+    int lane = (int)(threadIdx.x % SPURION_CUDA_WARP), kept = 0;
+    if (r >= rows) {
+        return; /* the whole warp */
+    }
+    size_t t = (size_t)asked[r], at = t * (size_t)f.slots;
+    const int32_t *among = list.index + (size_t)r * (size_t)list.slots;
+    int n = f.count[t], most = list.count[r];
+    for (int base = 0; base < n; base += SPURION_CUDA_WARP) {
+        int i = base + lane, low = 0, high = most;
+        int32_t index = i < n ? f.index[at + (size_t)i] : 0;
+        float value = i < n ? f.value[at + (size_t)i] : 0.0f;
+        while (low < high) { /* the first entry >= index */
+            int middle = low + (high - low) / 2;
+            if (among[middle] < index) {
+                low = middle + 1;
+            } else {
+                high = middle;
+            }
+        }
+        bool stays = i < n && low < most && among[low] == index;
+        unsigned all = __ballot_sync(0xffffffffu, stays); /* the whole warp has read: places are no later than what they replace */
+        if (stays) {
+            size_t to = at + (size_t)(kept + __popc(all & ((1u << lane) - 1u)));
+            f.index[to] = index;
+            f.value[to] = value;
+        }
+        kept += __popc(all);
+        __syncwarp();
+    }
+    if (lane == 0) {
+        f.count[t] = kept;
+    }
+}
+
+/* Finds the rows that list a member: rows without one are most, and cost nothing from here on. Waits for the stream. */
+static spurion_status ask_rows(int *asked, const encode_job *j, const spurion_sparse *out, int T)
+{
+    int32_t *rows = (int32_t *)(void *)(j->scratch + j->l.asked), *count = (int32_t *)(void *)(j->scratch + j->l.asked_count);
+    SPURION_CUDA(j->cuda, spurion_cuda_launch(j->cuda, ask_kernel, dim3(1), THREADS, 0, rows, count, floats_at(j, j->l.settled), *out, T));
+    return spurion_cuda_download(&j->cuda->dev, asked, count, sizeof *asked);
+}
+
+/* Of these rows: the whole dictionary, and what of the list is among the k largest of it. */
+static spurion_status keep_largest(encode_job *j, const spurion_sparse *out, int asked)
+{
+    spurion_sparse list = {(int32_t *)(void *)(j->scratch + j->l.list_count), (int32_t *)(void *)(j->scratch + j->l.list_index),
+                           floats_at(j, j->l.list_value), NULL, NULL, j->sae->k};
+    j->out = list;
+    j->source = (const int32_t *)(const void *)(j->scratch + j->l.asked);
+    j->settled = floats_at(j, j->l.settled);
+    for (int first = 0; first < asked; first += j->l.rows) {
+        int n = asked - first < j->l.rows ? asked - first : j->l.rows;
+        SPURION_CUDA_DO(encode_chunk(j, first, n, 0));
+        SPURION_CUDA(j->cuda, spurion_cuda_launch(j->cuda, keep_kernel, spurion_row_grid(n, SPURION_CUDA_WARP), SPURION_CUDA_THREADS, 0, *out,
+                                                  j->source + first, list, n));
+    }
+    return spurion_ok();
+}
+
+/* Lists: the part is a dictionary of its own. Top-k: the part's positive members are listed first, and the whole dictionary is encoded only for
+ * the rows that have one. */
 extern "C" spurion_status spurion_cuda_sae_encode_members(spurion_dev *dev, spurion_sparse *out, const spurion_sae_weights *sae,
                                                           const spurion_sae_weights *part, const int32_t *member, const float *x, void *scratch, int T)
 {
     spurion_cuda *cuda = spurion_cuda_of(dev);
-    bool lists = sae->kind != SPURION_SAE_TOPK;
+    bool top = sae->kind == SPURION_SAE_TOPK;
+    int asked = 0;
     if (part->F > out->slots || part->enc->N != part->F || sae->enc->N != sae->F || sae->kind == SPURION_SAE_GROUPMAX) {
         return spurion_error(SPURION_INVALID_ARGUMENT, "SAE members: expected at most %d (slots) of a kind other than groupmax, found %d", out->slots,
                              part->F);
     }
-    return encode_rows(cuda, out, lists ? part : sae, member, part->F, x, scratch, T);
+    SPURION_CUDA_DO(spurion_cuda_begin(cuda));
+    encode_job all = job_of(cuda, out, part, x, scratch, T);
+    all.member = member;
+    all.kind = top ? SPURION_SAE_RELU : sae->kind;
+    SPURION_CUDA_DO(encode_rows(&all, T));
+    SPURION_CUDA_DO(encode_end(cuda, part, T));
+    if (!top) {
+        return spurion_ok();
+    }
+    encode_job some = job_of(cuda, out, sae, x, scratch, T);
+    SPURION_CUDA_DO(ask_rows(&asked, &some, out, T));
+    SPURION_CUDA_DO(spurion_cuda_begin(cuda));
+    SPURION_CUDA_DO(keep_largest(&some, out, asked));
+    return encode_end(cuda, sae, asked);
 }

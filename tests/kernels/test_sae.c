@@ -22,6 +22,8 @@ static const sae_case cases[] = {
     {5, 16, 40, 40, 40, SPURION_SAE_TOPK, SPURION_SAE_NORM_NONE, false, 0},
     {64, 72, 900, 0, 900, SPURION_SAE_GATED, SPURION_SAE_NORM_NONE, false, 0},
     {7, 33, 600, 0, 600, SPURION_SAE_GATED, SPURION_SAE_NORM_LAYER, false, 0},
+    {2, 8, 20000, 40, 40, SPURION_SAE_TOPK, SPURION_SAE_NORM_NONE, true, 0},
+    {2, 9, 9001, 0, 9001, SPURION_SAE_RELU, SPURION_SAE_NORM_NONE, false, 0},
     {66, 40, 1024, 16, 16, SPURION_SAE_GROUPMAX, SPURION_SAE_NORM_NONE, false, 0},
     {4, 24, 693, 99, 99, SPURION_SAE_GROUPMAX, SPURION_SAE_NORM_RESCALE, true, 0},
 };
@@ -283,6 +285,45 @@ static void test_sae_topk_gives_ties_to_the_lowest_index(void **state)
     }
 }
 
+/* Rows that tell features apart by less than bf16 does: no bound excludes anybody, and top-k is exact all the same. */
+static void test_sae_topk_is_exact_where_all_features_are_alike(void **state)
+{
+    (void)state;
+    enum { F = 6000, K = 30 };
+    kt t;
+    kt_open(&t, SPURION_F32, 2);
+    sae_data s = make(&t, (sae_case){3, 4, F, K, K, SPURION_SAE_TOPK, SPURION_SAE_NORM_NONE, false, 0}, SPURION_F32);
+    t.ops->matrix_destroy(t.dev, s.dev.enc);
+    for (int i = 0; i < F; i++) { /* multiples of 2^-20 above 1: exact in f32, all the same in bf16 */
+        float more = (float)(i * 7919 % 2000) * 0x1p-20f;
+        for (int c = 0; c < 4; c++) {
+            s.w[i * 4 + c] = c == 0 ? 1.0f + more : 0.0f;
+        }
+    }
+    for (int i = 0; i < 12; i++) {
+        s.x[i] = i % 4 == 0 ? 1.0f : 0.5f;
+    }
+    KT_OK(t.ops->matrix_create(t.dev, &s.dev.enc, s.w, NULL, F, 4, SPURION_SELECT, SPURION_F32));
+    sparse_copy r = encode(&t, &s, s.x, 3);
+    double f[F];
+    for (int i = 0; i < F; i++) {
+        f[i] = (double)s.w[i * 4];
+    }
+    select_reference(f, &s.c);
+    for (int row = 0, at = 0; row < 3; row++, at = 0) {
+        for (int i = 0; i < F; i++) {
+            if (f[i] > 0) {
+                assert_int_equal(r.index[row * K + at], i);
+                assert_true(r.value[row * K + at++] == (float)f[i]);
+            }
+        }
+        assert_int_equal(r.count[row], K);
+    }
+    drop_sparse(&r);
+    drop(&t, &s);
+    kt_close(&t);
+}
+
 static void test_sae_lists_say_when_they_overflow(void **state)
 {
     (void)state;
@@ -368,7 +409,7 @@ static void members_case(sae_case c, int threads)
     kt t;
     kt_open(&t, SPURION_BF16, threads);
     sae_data s = make(&t, c, SPURION_F32);
-    int32_t member[500];
+    int32_t member[3000];
     int count = 0;
     for (int i = 3; i < c.F; i += 7) {
         member[count++] = i;
@@ -583,6 +624,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_sae_encode_matches_loops),
         cmocka_unit_test(test_sae_topk_gives_ties_to_the_lowest_index),
+        cmocka_unit_test(test_sae_topk_is_exact_where_all_features_are_alike),
         cmocka_unit_test(test_sae_lists_say_when_they_overflow),
         cmocka_unit_test(test_sae_token_does_not_depend_on_company_or_threads),
         cmocka_unit_test(test_sae_members_are_listed_as_in_the_whole_encode),
