@@ -216,8 +216,9 @@ spurion_status spurion_calibrate(spurion_calibration *out, spurion_engine *e, co
     int leading = 0, window;
 
     (void)spurion_tokenizer_leading(e->tokenizer, &leading);
-    window = e->sequence.tokens_max - leading < WINDOW_TOKENS ? e->sequence.tokens_max - leading : WINDOW_TOKENS;
-    k.rows = e->rows_max < WINDOW_TOKENS + leading ? e->rows_max : WINDOW_TOKENS + leading;
+    k.rows = e->sequence.tokens_max < e->rows_max ? e->sequence.tokens_max : e->rows_max;
+    k.rows = k.rows < WINDOW_TOKENS + leading ? k.rows : WINDOW_TOKENS + leading;
+    window = k.rows - leading;
     if (text == NULL) {
         text = built_in;
         bytes = sizeof built_in - 1;

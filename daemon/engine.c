@@ -189,7 +189,6 @@ static spurion_status device_load(spurion_engine *e, loading *l)
     int positions = c->model.max_tokens ? c->model.max_tokens : l->model.context;
 
     positions = positions < l->model.context ? positions : l->model.context;
-    positions = positions < c->engine.tokens_max ? positions : c->engine.tokens_max;
     SPURION_TRY(st, spurion_model_load(&e->model, e->dev, &l->model, l->weights, positions, backward_from, l->choice));
     e->weights_bytes = e->model->bytes;
     for (int i = 0; i < c->sae_count; i++) {
@@ -350,7 +349,8 @@ static int group_length(spurion_job *const *jobs, int count)
     return n;
 }
 
-/* Jobs from the front that fit one pass: whole groups as far as possible, else as many members of one group as fit. */
+/* Jobs from the front that fit one pass: whole groups as far as possible, else as many members of one group as fit; where not even one does,
+ * its prompt goes in pieces before the pass, and the tails of the group must fit. */
 static int pass_length(const spurion_engine *e, spurion_job *const *jobs, int count)
 {
     int taken = 0, rows = 0;
@@ -365,9 +365,11 @@ static int pass_length(const spurion_engine *e, spurion_job *const *jobs, int co
         taken += n;
     }
     if (taken == 0) {
+        int (*cost)(spurion_job *const *, int, bool) = spurion_pack_rows(jobs, 1, e->scope_all) <= e->rows_max ? spurion_pack_rows
+                                                                                                              : spurion_pack_tail_rows;
         taken = 1;
         while (taken < count && taken < e->w.scored_max && jobs[taken]->group_number == jobs[0]->group_number &&
-               spurion_pack_rows(jobs, taken + 1, e->scope_all) <= e->rows_max) {
+               cost(jobs, taken + 1, e->scope_all) <= e->rows_max) {
             taken++;
         }
     }
@@ -583,7 +585,8 @@ void spurion_engine_describe(const spurion_engine *e, FILE *out)
     if (e->config->labels) {
         fprintf(out, e->labels.foreign ? "; %lld lines of other SAEs\n" : "\n", (long long)e->labels.foreign);
     }
-    fprintf(out, "rollouts   up to %d tokens; %d tokens in one pass\n", e->sequence.tokens_max, e->rows_max);
+    fprintf(out, "rollouts   up to %d tokens; %d tokens in one pass%s\n", e->sequence.tokens_max, e->rows_max,
+            e->prefix_max ? "; longer prompts go in pieces, completions do not" : "");
     fprintf(out, "memory     weights %.1f MiB, passes %.1f MiB, host %.1f MiB; peak resident size %.0f MiB\n", mebibytes(e->weights_bytes),
             mebibytes(e->buffers_bytes), mebibytes(e->host_bytes), mebibytes(e->peak_bytes));
     if (e->dev->own_memory) {

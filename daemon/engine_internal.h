@@ -47,6 +47,7 @@ struct spurion_engine {
     float **point_x;      /* (4 * layers + 1) device (rows, d): the clean stream at hook points; NULL elsewhere */
     int lowest;           /* lowest SAE point; 4 * layers + 1: none */
     int rows_max;
+    int prefix_max;       /* positions of a prompt that goes in pieces; 0: none does, every sequence fits a pass */
     spurion_workspace w;
     void *kept, *scratch; /* device blocks */
     int32_t *d_source, *d_row_set; /* (rows) device: of a variant pass */

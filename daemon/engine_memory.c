@@ -7,6 +7,7 @@
 
 #define HOST_RESERVE_BYTES ((size_t)192 << 20) /* code, libraries, tokenizer, jobs in flight: beside the planned blocks */
 #define DEVICE_RESERVE_BYTES ((size_t)64 << 20) /* of a device's own memory: its allocator's grain, lists of work, row sums */
+#define ROWS_MIN 16                            /* fewer rows in a pass are no use */
 #define IN_HAND_BYTES ((size_t)4 << 20)        /* rollouts in hand while a pass runs: their arenas, the lines of JSON */
 #define IN_HAND_ROW_BYTES 256                  /* and for each token of a full pass: ids, texts, evidence */
 
@@ -15,9 +16,10 @@ spurion_status spurion_engine_out_of_memory(const char *what)
     return spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory for %s", what);
 }
 
-static spurion_plan_input plan_input(const spurion_engine *e, int rows)
+static spurion_plan_input plan_input(const spurion_engine *e, int rows, int prefix)
 {
-    spurion_plan_input in = {&e->model->config, e->dev->dtype, rows, e->lowest, e->gradients, e->variants, e->dev->row_chunk};
+    spurion_plan_input in = {.config = &e->model->config, .dtype = e->dev->dtype, .rows = rows, .prefix = prefix, .lowest_point = e->lowest,
+                             .gradients = e->gradients, .variants = e->variants, .chunk = e->dev->row_chunk};
     return in;
 }
 
@@ -33,11 +35,11 @@ static size_t host_rows_bytes(const spurion_engine *e, int rows)
     return bytes;
 }
 
-/* Device bytes of passes of so many rows. */
-static size_t device_rows_bytes(const spurion_engine *e, int rows)
+/* Device bytes of passes of so many rows, and of a prompt's keys beside them. */
+static size_t device_rows_bytes(const spurion_engine *e, int rows, int prefix)
 {
     spurion_workspace w = {0};
-    spurion_plan_input in = plan_input(e, rows);
+    spurion_plan_input in = plan_input(e, rows, prefix);
     spurion_plan plan = spurion_plan_make(&w, &in, NULL, NULL);
     size_t d = (size_t)e->model->config.hidden, n = (size_t)rows, bytes = plan.kept_bytes + plan.scratch_bytes + n * 12;
 
@@ -55,9 +57,10 @@ static size_t device_rows_bytes(const spurion_engine *e, int rows)
 
 /* Whether passes of so many rows fit: host memory into engine.memory_max; the blocks of a device with memory of its own into what it has
  * left beside the weights, less a reserve for its allocator and its work lists. */
-static bool rows_fit(const spurion_engine *e, int rows)
+static bool rows_fit(const spurion_engine *e, int rows, int prefix)
 {
-    size_t limit = e->config->engine.memory_max, host = HOST_RESERVE_BYTES + host_rows_bytes(e, rows), blocks = device_rows_bytes(e, rows);
+    size_t limit = e->config->engine.memory_max, host = HOST_RESERVE_BYTES + host_rows_bytes(e, rows);
+    size_t blocks = device_rows_bytes(e, rows, prefix);
 
     if (e->dev->own_memory) {
         size_t reserve = e->device_free / 32 + DEVICE_RESERVE_BYTES;
@@ -84,28 +87,44 @@ static spurion_status rows_refuse(const spurion_engine *e, int wanted, int found
                          wanted, found, e->weights_bytes >> 20, c->engine.memory_max >> 20, c->engine.tokens_max);
 }
 
-/* The most rows that fit, at most engine.tokens_max. */
-static spurion_status rows_choose(spurion_engine *e)
+/* The most rows that fit beside the keys of a prompt, at most engine.tokens_max. */
+static int rows_most(const spurion_engine *e, int prefix)
 {
-    const spurion_config *c = e->config;
-    int low = 0, high = c->engine.tokens_max, context = e->model->config.context;
-    int wanted = c->model.max_tokens ? c->model.max_tokens : context;
+    int low = 0, high = e->config->engine.tokens_max;
 
-    wanted = wanted < context ? wanted : context;
-    e->device_free = e->dev->own_memory ? e->dev->ops->memory_free(e->dev) : 0;
     while (low < high) {
         int middle = low + (high - low + 1) / 2;
-        if (rows_fit(e, middle)) {
+        if (rows_fit(e, middle, prefix)) {
             low = middle;
         } else {
             high = middle - 1;
         }
     }
-    if (low < 16 || (c->model.max_tokens && low < wanted)) {
-        return rows_refuse(e, wanted, low);
+    return low;
+}
+
+/* Rows of a pass. Where sequences may be longer, prompts go in pieces: said lengths must fit so; the context, unasked for, may cost no more than
+ * half of a pass's rows, else sequences end where a pass does. */
+static spurion_status rows_choose(spurion_engine *e)
+{
+    const spurion_config *c = e->config;
+    int context = e->model->config.context, wanted = c->model.max_tokens ? c->model.max_tokens : context, rows;
+
+    wanted = wanted < context ? wanted : context;
+    e->device_free = e->dev->own_memory ? e->dev->ops->memory_free(e->dev) : 0;
+    rows = rows_most(e, 0);
+    if (rows < wanted && !e->scope_all) {
+        int beside = rows_most(e, wanted);
+        if (beside >= ROWS_MIN && (c->model.max_tokens || beside >= rows / 2)) {
+            e->prefix_max = wanted;
+            rows = beside;
+        }
     }
-    e->rows_max = low;
-    e->sequence.tokens_max = wanted < low ? wanted : low;
+    if (rows < ROWS_MIN || (c->model.max_tokens && rows < wanted && !e->prefix_max)) {
+        return rows_refuse(e, wanted, rows);
+    }
+    e->rows_max = e->sequence.tail_max = rows;
+    e->sequence.tokens_max = wanted < rows || e->prefix_max ? wanted : rows;
     return spurion_ok();
 }
 
@@ -180,7 +199,7 @@ static spurion_status workspace_take(spurion_engine *e)
 {
     spurion_status st;
     size_t layers = (size_t)e->model->config.layers;
-    spurion_plan_input in = plan_input(e, e->rows_max);
+    spurion_plan_input in = plan_input(e, e->rows_max, e->prefix_max);
     spurion_plan plan;
 
     e->w.k = calloc(layers, sizeof *e->w.k);

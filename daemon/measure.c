@@ -101,6 +101,35 @@ out:
     return st;
 }
 
+/* A prompt too long for one pass: its keys and values, piece after piece. Every block's stay; nothing else is read of it later. */
+static spurion_status prompt_run(measurement *k, const int32_t *ids)
+{
+    spurion_status st = spurion_ok();
+    spurion_engine *e = k->e;
+    const spurion_packed *p = &k->packed;
+    int32_t *positions = spurion_arena_take_array(&e->arena, (size_t)p->root_count, sizeof *positions);
+
+    if (!positions) {
+        return spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory for a prompt of %d tokens", p->root_count);
+    }
+    for (int i = 0; i < p->root_count; i++) {
+        positions[i] = i;
+    }
+    for (int at = 0, n; at < p->root_count; at += n) {
+        spurion_seq seq = {.q_position = at, .piece_count = 1, .piece_row = {p->root_row}};
+        spurion_pass pass = {.kv_row = p->root_row + at, .seqs = &seq, .seq_count = 1, .piece = true};
+        n = p->root_count - at < e->rows_max ? p->root_count - at : e->rows_max;
+        pass.rows = seq.q_count = n;
+        pass.prune_last = e->model->config.pooling != SPURION_POOL_MEAN;
+        SPURION_TRY(st, upload_ints(e, e->w.ids, ids + at, n));
+        SPURION_TRY(st, upload_ints(e, e->w.positions, positions + at, n));
+        SPURION_TRY(st, spurion_model_embed(e->model, &e->w, n));
+        SPURION_TRY(st, spurion_model_forward(e->model, &e->w, &pass, 0));
+    }
+out:
+    return st;
+}
+
 static spurion_status clean_run(measurement *k)
 {
     spurion_status st;
@@ -108,6 +137,9 @@ static spurion_status clean_run(measurement *k)
     spurion_packed *p = &k->packed;
     spurion_pass pass = clean_pass(k);
 
+    if (p->root_count) {
+        SPURION_TRY(st, prompt_run(k, p->members[0].job->ids));
+    }
     k->rows = p->completion_rows;
     SPURION_TRY(st, upload_ints(e, e->w.ids, p->ids, p->rows));
     SPURION_TRY(st, upload_ints(e, e->w.positions, p->positions, p->rows));
@@ -575,11 +607,13 @@ spurion_status spurion_measure(spurion_engine *e, spurion_job *const *jobs, int 
 {
     spurion_status st;
     measurement k = {.e = e, .explain = explain && e->config->attribution.method != SPURION_METHOD_NONE};
+    bool long_prompt = jobs[0]->group_number == jobs[job_count - 1]->group_number && spurion_pack_rows(jobs, job_count, e->scope_all) > e->rows_max;
     k.watch = e->watch_first && !k.explain;
     double scale = e->config->attribution.method == SPURION_METHOD_IG ? 1.0 / e->config->attribution.ig_steps : 1.0;
 
+    SPURION_ASSERT(!long_prompt || e->prefix_max > 0);
     spurion_arena_reset(&e->arena);
-    SPURION_TRY(st, spurion_pack_jobs(&k.packed, &e->arena, jobs, job_count, e->scope_all));
+    SPURION_TRY(st, spurion_pack_jobs(&k.packed, &e->arena, jobs, job_count, e->scope_all, long_prompt ? e->w.prefix_row : -1));
     SPURION_TRY(st, clean_run(&k));
     for (int i = 0; i < job_count; i++) {
         SPURION_TRY(st, measured_take(e, jobs[i]));

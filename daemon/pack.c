@@ -30,15 +30,25 @@ static int32_t common_prefix(spurion_job *const *jobs, int count, bool scope_all
     return n;
 }
 
-int spurion_pack_rows(spurion_job *const *jobs, int job_count, bool scope_all)
+static int tail_rows(spurion_job *const *jobs, int job_count, int32_t root)
 {
-    int32_t root = job_count ? common_prefix(jobs, job_count, scope_all) : 0;
-    int rows = root;
-
+    int rows = 0;
     for (int i = 0; i < job_count; i++) {
         rows += jobs[i]->token_count - root;
     }
+    return rows;
+}
+
+int spurion_pack_rows(spurion_job *const *jobs, int job_count, bool scope_all)
+{
+    int32_t root = job_count ? common_prefix(jobs, job_count, scope_all) : 0;
+    int rows = root + tail_rows(jobs, job_count, root);
     return rows > 0 ? rows : 1;
+}
+
+int spurion_pack_tail_rows(spurion_job *const *jobs, int job_count, bool scope_all)
+{
+    return job_count ? tail_rows(jobs, job_count, common_prefix(jobs, job_count, scope_all)) : 0;
 }
 
 /* Appends a piece of keys; an empty one is left out. */
@@ -73,17 +83,19 @@ static void rows_fill(spurion_packed *p, const spurion_job *job, int32_t row, in
     }
 }
 
-/* Places prompt rows of one group from *row on. */
+/* Places prompt rows of one group from *row on; what it shares takes none where its keys stand elsewhere. */
 static void group_place(spurion_packed *p, spurion_member *members, int count, bool scope_all, spurion_job *const *jobs, int32_t *row)
 {
-    int32_t root_count = common_prefix(jobs, count, scope_all), root_row = *row;
+    int32_t root_count = common_prefix(jobs, count, scope_all), root_row = p->root_row >= 0 ? p->root_row : *row;
 
-    rows_fill(p, jobs[0], root_row, 0, root_count);
-    if (root_count) {
+    if (p->root_row >= 0) {
+        p->root_count = root_count;
+    } else if (root_count) {
+        rows_fill(p, jobs[0], root_row, 0, root_count);
         p->seqs[p->seq_count] = seq_make(root_row, root_count, 0);
         piece_add(&p->seqs[p->seq_count++], root_row, 0, root_count);
+        *row += root_count;
     }
-    *row += root_count;
     for (int i = 0; i < count; i++) {
         spurion_member *m = &members[i];
         int32_t own = m->start - root_count;
@@ -140,13 +152,15 @@ static spurion_status packed_take(spurion_packed *p, spurion_arena *arena, int r
     return spurion_ok();
 }
 
-spurion_status spurion_pack_jobs(spurion_packed *out, spurion_arena *arena, spurion_job *const *jobs, int job_count, bool scope_all)
+spurion_status spurion_pack_jobs(spurion_packed *out, spurion_arena *arena, spurion_job *const *jobs, int job_count, bool scope_all,
+                                 int root_row)
 {
     spurion_status st;
     int upper = 0;
     int32_t row = 0;
 
     memset(out, 0, sizeof *out);
+    out->root_row = root_row;
     for (int i = 0; i < job_count; i++) {
         upper += jobs[i]->token_count;
     }

@@ -24,6 +24,7 @@ typedef struct spurion_packed {
     spurion_member *members;
     int member_count;
     int rows, completion_rows;
+    int root_row, root_count;  /* -1; else the shared prompt takes no rows: these first ids of the jobs have their keys from row root_row on */
     int32_t *ids, *positions;              /* (rows) */
     int32_t *scored, *scored_positions;    /* (member_count): rows */
     spurion_seq *seqs, *scored_seqs;
@@ -33,11 +34,14 @@ typedef struct spurion_packed {
 
 /* First position of C: the completion's start, or with scope all what follows the leading specials. */
 int32_t spurion_pack_start(const spurion_job *job, bool scope_all);
-/* Rows that jobs of one group cost. */
+/* Rows that jobs of one group cost; _tails: without what they share. */
 int spurion_pack_rows(spurion_job *const *jobs, int job_count, bool scope_all);
+int spurion_pack_tail_rows(spurion_job *const *jobs, int job_count, bool scope_all);
 
-/* Packs jobs; those of one group (equal group_number) stand together. scope_all: C is everything but the leading specials, nothing is shared. */
-spurion_status spurion_pack_jobs(spurion_packed *out, spurion_arena *arena, spurion_job *const *jobs, int job_count, bool scope_all) SPURION_MUST_USE;
+/* Packs jobs; those of one group (equal group_number) stand together. scope_all: C is everything but the leading specials, nothing is shared.
+ * root_row: -1, or the jobs are of one group and what they share takes no rows of the pass: its keys stand from row root_row on. */
+spurion_status spurion_pack_jobs(spurion_packed *out, spurion_arena *arena, spurion_job *const *jobs, int job_count, bool scope_all,
+                                 int root_row) SPURION_MUST_USE;
 
 /* A tail of member `member` from position `from` (>= its start) to its end, changed at the hooks: by removing set `set`, or by the
  * path of integrated gradients at `fraction`. */

@@ -243,8 +243,12 @@ static spurion_status from_ids(draft *d, spurion_job *job, const spurion_sequenc
 /* Makes the sequence fit into tokens_max: refuses, or drops the prompt's oldest tokens after the leading specials. */
 static spurion_status fit(draft *d, const spurion_sequence_rules *rules)
 {
-    int64_t excess = d->count - rules->tokens_max;
+    int64_t excess = d->count - rules->tokens_max, tail = d->count - d->start;
 
+    if (rules->tail_max < rules->tokens_max && tail > rules->tail_max) {
+        return spurion_error(SPURION_OUT_OF_RANGE, "expected at most %d tokens after the prompt (one pass; engine.tokens_max and engine.memory_max set it), "
+                             "found %lld", rules->tail_max, (long long)tail);
+    }
     if (excess <= 0) {
         return spurion_ok();
     }

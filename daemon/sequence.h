@@ -15,6 +15,7 @@ typedef struct spurion_sequence_rules {
     const spurion_model_config *model;
     int vocab;       /* rows of the embedding: ids must be below */
     int tokens_max;  /* prompt + completion */
+    int tail_max;    /* what is no prompt: one pass must hold it */
     const spurion_chat *chat; /* model.template, resolved for the checkpoint */
 } spurion_sequence_rules;
 

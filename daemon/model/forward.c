@@ -268,6 +268,9 @@ static spurion_status block_pruned(const spurion_run *r, int l)
         SPURION_TRY(st, save_input(r, &all, r0, n));
         SPURION_TRY(st, keys_values(r, l, &all, r0, n));
     }
+    if (count == 0) {
+        goto out;
+    }
     SPURION_TRY(st, r->ops->gather_rows(r->dev, w->xs, w->x, w->scored, count, r->d));
     for (int r0 = 0, n; r0 < count; r0 += n) {
         n = spurion_chunk_rows(r, r0, count, part.kept);
@@ -294,17 +297,23 @@ static spurion_status pool_scored(const spurion_run *r)
                         spurion_plain_rows(r->p->scored_count, r->d), c->eps, c->norm, SPURION_OVERWRITE);
 }
 
-/* ... or its mean over all positions of each sequence. A variant's own rows stand beside those of the clean pass, which it shares. */
-static spurion_status pool_mean(const spurion_run *r)
+/* ... or its mean over all positions of each sequence, whose rows stand where their keys do: a variant's own beside those of the clean
+ * pass and of the prompt's pieces, which it shares. */
+static spurion_status pool_rows(const spurion_run *r)
 {
-    spurion_status st;
     spurion_workspace *w = r->w;
     const spurion_model_config *c = &r->m->config;
     float *hidden = w->hidden + (size_t)r->p->kv_row * (size_t)r->d;
 
-    SPURION_TRY(st, r->ops->norm(r->dev, NULL, hidden, r->d, w->stats_r, w->x, r->d, r->m->final_w, r->m->final_b,
-                                 spurion_plain_rows(r->p->rows, r->d), c->eps, c->norm, SPURION_OVERWRITE));
-    SPURION_TRY(st, r->ops->mean_rows(r->dev, w->hs, w->hidden, r->p->scored_seqs, r->p->scored_count, r->d));
+    return r->ops->norm(r->dev, NULL, hidden, r->d, w->stats_r, w->x, r->d, r->m->final_w, r->m->final_b,
+                        spurion_plain_rows(r->p->rows, r->d), c->eps, c->norm, SPURION_OVERWRITE);
+}
+
+static spurion_status pool_mean(const spurion_run *r)
+{
+    spurion_status st;
+    SPURION_TRY(st, pool_rows(r));
+    SPURION_TRY(st, r->ops->mean_rows(r->dev, r->w->hs, r->w->hidden, r->p->scored_seqs, r->p->scored_count, r->d));
 out:
     return st;
 }
@@ -365,6 +374,9 @@ spurion_status spurion_model_forward(const spurion_model *m, spurion_workspace *
         if (l < layers) {
             SPURION_TRY(st, pruned && l == layers - 1 ? block_pruned(&r, l) : block(&r, l));
         }
+    }
+    if (p->piece) {
+        return m->config.pooling == SPURION_POOL_MEAN ? pool_rows(&r) : st;
     }
     if (!pruned) {
         SPURION_TRY(st, r.ops->gather_rows(r.dev, w->xs, w->x, w->scored, p->scored_count, r.d));

@@ -76,9 +76,10 @@ typedef struct spurion_saved {
 typedef struct spurion_workspace {
     int rows_max, chunk;    /* chunk: rows of the row-wise scratch */
     int scored_max;         /* sequences of one pass (S below) */
-    int first_kept;         /* blocks at or above it have their own keys and values, and saved activations */
+    int prefix_row;         /* first key/value row of a prompt that goes in pieces */
+    int first_kept;         /* blocks at or above it have saved activations, and keys and values of their own */
     int saved_rows;         /* rows of each saved block */
-    void **k, **v;          /* per layer (K, KV hd) act; layers below first_kept share one */
+    void **k, **v;          /* per layer (K, KV hd) act; layers below first_kept share one, unless prompts go in pieces */
     spurion_saved *saved;   /* per layer; meaningful from first_kept on */
     spurion_saved last;     /* the pruned last block: scored rows only */
     float *x;               /* (R, d) residual stream */
@@ -122,6 +123,7 @@ typedef struct spurion_pass {
     bool save;                   /* keep what the backward pass needs from block save_from on */
     int save_from;
     bool prune_last;             /* the last block works on scored rows only; never with mean pooling */
+    bool piece;                  /* of a long prompt: scored_count 0, no hook; leaves keys and values, with mean pooling the normed stream */
     spurion_hook_fn hook;        /* or NULL */
     void *hook_context;
     const bool *hook_points;     /* (4 * layers + 1): where hook is called */
@@ -129,7 +131,7 @@ typedef struct spurion_pass {
 
 /* w->x = embeddings of w->ids (and w->positions). */
 spurion_status spurion_model_embed(const spurion_model *m, spurion_workspace *w, int rows) SPURION_MUST_USE;
-/* Runs blocks first.. to the head on w->x; w->rewards (scored_count) afterwards. Calls the hook from point 4 * first on. */
+/* Runs blocks first.. to the head on w->x; w->rewards (scored_count) afterwards; of a piece no reward. Calls the hook from point 4 * first on. */
 spurion_status spurion_model_forward(const spurion_model *m, spurion_workspace *w, const spurion_pass *p, int first) SPURION_MUST_USE;
 /* After a saving forward: gradients of the sum of rewards from the head down to point `lowest`. At every hook point the hook is
  * called with x = the gradient (completion_rows, d) at that point, from the top down. */

@@ -53,15 +53,15 @@ static void kept_make(spurion_workspace *w, cursor *kept, const spurion_plan_inp
 {
     const spurion_model_config *c = in->config;
     size_t kv = (size_t)c->kv_heads * (size_t)c->head_dim, act = spurion_dtype_bytes(in->dtype);
-    size_t rows = (size_t)in->rows * (in->variants ? 2 : 1);
+    size_t rows = (size_t)in->rows * (in->variants ? 2 : 1) + (size_t)in->prefix;
     void *shared_k = NULL, *shared_v = NULL;
 
-    if (w->first_kept > 0) {
+    if (w->first_kept > 0 && !in->prefix) {
         shared_k = take(kept, (size_t)in->rows * kv, act);
         shared_v = take(kept, (size_t)in->rows * kv, act);
     }
     for (int l = 0; l < c->layers; l++) {
-        bool own = l >= w->first_kept;
+        bool own = l >= w->first_kept || in->prefix;
         void *k = own ? take(kept, rows * kv, act) : shared_k;
         void *v = own ? take(kept, rows * kv, act) : shared_v;
         if (w->k) {
@@ -69,7 +69,7 @@ static void kept_make(spurion_workspace *w, cursor *kept, const spurion_plan_inp
             w->v[l] = v;
         }
     }
-    w->hidden = c->pooling == SPURION_POOL_MEAN ? take(kept, rows * (size_t)c->hidden, 4) : NULL;
+    w->hidden = c->pooling == SPURION_POOL_MEAN ? take(kept, rows * (size_t)c->hidden, 4) : NULL; /* rows as keys have */
     if (in->gradients) {
         for (int l = w->first_kept; l < c->layers; l++) {
             saved_make(w->saved ? &w->saved[l] : NULL, kept, in, (size_t)in->rows);
@@ -147,6 +147,7 @@ spurion_plan spurion_plan_make(spurion_workspace *w, const spurion_plan_input *i
     spurion_plan plan;
 
     w->rows_max = in->rows;
+    w->prefix_row = in->rows * (in->variants ? 2 : 1);
     w->scored_max = in->rows < PLAN_SCORED ? in->rows : PLAN_SCORED;
     w->saved_rows = in->gradients ? in->rows : 0;
     w->chunk = in->rows < in->chunk ? in->rows : in->chunk;

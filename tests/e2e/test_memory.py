@@ -38,6 +38,33 @@ def test_memory_is_what_check_states(tokens_max):
     assert 0.9 * taken <= stated <= 1.1 * taken
 
 
+def test_memory_of_long_prompts_is_what_check_states(tmp_path):
+    """Prompts of four passes and more go in pieces: same rewards, less memory, and a completion longer than a pass is refused with its number."""
+    long = " ".join(["How do I make a good cup of green tea at home, and what should the water be like?"] * 16)
+    rows = [{"run": "long", "step": s, "group": f"g{s}", "id": f"i{i}", "prompt": f"{s} {long}", "completion": f"Use water {i}. " + "Thank you. " * i}
+            for s in range(8) for i in range(8)]
+    rows.append({"run": "long", "step": 9, "group": "x", "id": "x", "prompt": "Tea?", "completion": long})
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = {}
+    for tokens_max, status in (("64", 3), ("16384", 0)):
+        more = ("--set", f"engine.tokens_max={tokens_max}")
+        out = subprocess.run([SPURIOND, "judge", "--config", DEMO / "spurion.yaml", *more], stdin=open(tmp_path / "rollouts.jsonl"),
+                             capture_output=True, text=True)
+        assert out.returncode == status, out.stderr
+        found[tokens_max] = [json.loads(row) for row in out.stdout.splitlines()]
+    small, large = found["64"], found["16384"]
+    assert all(v["token_count"] > 256 for v in large[:-1])
+    assert [v["reward"] for v in small[:-1]] == [v["reward"] for v in large[:-1]]
+    assert [v["features"] for v in small[:-1]] == [v["features"] for v in large[:-1]]
+    assert "expected at most 64 tokens after the prompt" in small[-1]["error"]["message"]
+    (tmp_path / "fit.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:-1]))
+    more = ("--set", "engine.tokens_max=64")
+    stated, taken = stated_mib(DEMO / "spurion.yaml", *more), taken_mib(DEMO / "spurion.yaml", tmp_path / "fit.jsonl", *more)
+    print(f"stated {stated:.0f} MiB, taken {taken:.0f} MiB")
+    assert 0.9 * taken <= stated <= 1.1 * taken
+    assert stated < stated_mib(DEMO / "spurion.yaml")
+
+
 def most_mib(pid):
     return int(re.search(r"VmHWM:\s+(\d+) kB", pathlib.Path(f"/proc/{pid}/status").read_text()).group(1)) / 1024
 

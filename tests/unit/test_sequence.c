@@ -66,7 +66,7 @@ static int setup(void **state)
     f->model.eos[0] = 1;
     f->model.eos_count = 1;
     f->model.pad = -1;
-    f->rules = (spurion_sequence_rules){.config = &f->config, .model = &f->model, .vocab = 23, .tokens_max = 100, .chat = &f->chat};
+    f->rules = (spurion_sequence_rules){.config = &f->config, .model = &f->model, .vocab = 23, .tokens_max = 100, .tail_max = 100, .chat = &f->chat};
     open_tokenizer(f, with_bos);
     spurion_job_init(&f->job, 0);
     *state = f;
