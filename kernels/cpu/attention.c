@@ -50,6 +50,17 @@ static void attention_item(void *context, int64_t item, int worker)
     write_tile(&t, j);
 }
 
+enum { AMX_QUERIES_MAX = 256, AMX_QUERIES_MIN = 32 }; /* of one item */
+
+static int64_t items_of(const attention_job *j)
+{
+    int64_t items = 0;
+    for (int s = 0; s < j->seq_count; s++) {
+        items += (int64_t)tiles_of(&j->seqs[s], j->tile) * j->shape.kv_heads;
+    }
+    return items;
+}
+
 spurion_status SPURION_CPU_OP(attention)(spurion_dev *dev, void *out, float *lse, const void *q, const void *k, const void *v,
                                          const spurion_seq *seqs, int seq_count, spurion_attention_shape shape)
 {
@@ -58,13 +69,16 @@ spurion_status SPURION_CPU_OP(attention)(spurion_dev *dev, void *out, float *lse
     if (st.code != SPURION_OK) {
         return st;
     }
-    int group = shape.heads / shape.kv_heads, tile = TILE_ROWS_MAX / group;
+    int group = shape.heads / shape.kv_heads, tile = TILE_ROWS_MAX / group < 128 ? TILE_ROWS_MAX / group : 128;
     bool amx = spurion_cpu_of(dev)->amx && dev->dtype == SPURION_BF16;
-    attention_job job = {spurion_cpu_of(dev), out, lse, q, k, v, seqs, seq_count, shape, group, tile < 128 ? tile : 128,
+    attention_job job = {spurion_cpu_of(dev), out, lse, q, k, v, seqs, seq_count, shape, group, tile,
                          (int)spurion_round_up((size_t)shape.head_dim, amx ? 32 : VW), dev->dtype};
-    int64_t items = 0;
-    for (int s = 0; s < seq_count; s++) {
-        items += (int64_t)tiles_of(&seqs[s], job.tile) * shape.kv_heads;
+    int64_t items = items_of(&job);
+    if (amx) { /* longer runs of queries share the key blocks that were gathered for them: as long as all workers have some */
+        job.tile = AMX_QUERIES_MAX;
+        for (items = items_of(&job); job.tile > AMX_QUERIES_MIN && items < 4 * (int64_t)dev->thread_count; items = items_of(&job)) {
+            job.tile /= 2;
+        }
     }
     spurion_pool_run(job.cpu->pool, amx ? spurion_attention_amx_item : attention_item, &job, items);
     double pairs = attention_pairs(seqs, seq_count, shape.window) * shape.heads;

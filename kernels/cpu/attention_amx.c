@@ -11,7 +11,9 @@
 
 enum {
     LANES = SPURION_AMX_COLUMNS, /* queries that go through a block together: two vectors */
-    LANES_MAX = TILE_ROWS_MAX
+    LANES_MAX = TILE_ROWS_MAX,
+    FORWARD_LANES = 96,          /* of a forward tile: what is summed for them stays in the first-level cache */
+    BLOCKS_KEPT = 64             /* at most, of an item's gathered keys and values */
 };
 
 #define LOG2E 1.44269504088896341f
@@ -73,6 +75,39 @@ static void copy_keys(uint16_t *out, int ld, const uint16_t *in, size_t at, size
         }
     }
     memset(out + (size_t)(stop - first) * (size_t)ld, 0, (size_t)(first + KEYS - stop) * (size_t)ld * sizeof *out);
+}
+
+/* Operands made of key blocks, kept for the item's further queries as far as there is room: a gathered block serves all of them. */
+typedef struct key_blocks {
+    uint16_t *room;
+    size_t words;      /* of one block's operands */
+    int first, kept;   /* blocks first .. first + kept - 1 stay, each in its place; others share the place behind */
+    bool ready[BLOCKS_KEPT];
+} key_blocks;
+
+static void blocks_place(key_blocks *b, char *scratch, int operands, int width)
+{
+    b->words = (size_t)operands * KEYS * (size_t)width;
+    b->room = (uint16_t *)(void *)scratch;
+    b->kept = (int)(SPURION_ATTENTION_KEPT / (b->words * sizeof *b->room)) - 1;
+    b->kept = b->kept < BLOCKS_KEPT ? b->kept : BLOCKS_KEPT;
+}
+
+static void blocks_begin(key_blocks *b, int first)
+{
+    b->first = first;
+    memset(b->ready, 0, sizeof b->ready);
+}
+
+/* Where the operands of block `index` stand, or with *fill are to be put. */
+static uint16_t *block_operands(key_blocks *b, int index, bool *fill)
+{
+    int at = index - b->first < b->kept ? index - b->first : b->kept;
+    *fill = at == b->kept || !b->ready[at];
+    if (at < b->kept) {
+        b->ready[at] = true;
+    }
+    return b->room + (size_t)at * b->words;
 }
 
 /* Queries of one tile. Lane r holds position first + r / group and head r % group of the key head's; lanes of positions before `from` or
@@ -163,8 +198,7 @@ typedef struct half_tile {
     lanes l;
     uint16_t *q;          /* (count, width), packed as columns */
     uint16_t *rows;       /* (lanes or KEYS, width) as it is */
-    uint16_t *keys;       /* (KEYS, width) */
-    uint16_t *values;     /* (width, KEYS) */
+    key_blocks blocks;    /* of keys (KEYS, width), values (width, KEYS) */
     uint16_t *p;          /* (KEYS, LANES) packed in pairs */
     float *s;             /* (KEYS, LANES) */
     float *acc;           /* (count / LANES, width, LANES) */
@@ -177,13 +211,12 @@ static void place_forward(half_tile *h, const attention_job *j, char *scratch)
     h->l.position = cut(&scratch, LANES_MAX * sizeof(int32_t));
     h->q = cut(&scratch, LANES_MAX * w * 2);
     h->rows = cut(&scratch, LANES_MAX * w * 2);
-    h->keys = cut(&scratch, KEYS * w * 2);
-    h->values = cut(&scratch, KEYS * w * 2);
     h->p = cut(&scratch, KEYS * LANES * 2);
     h->s = cut(&scratch, KEYS * LANES * 4);
     h->acc = cut(&scratch, LANES_MAX * w * 4);
     h->max = cut(&scratch, LANES_MAX * 4);
     h->sum = cut(&scratch, LANES_MAX * 4);
+    blocks_place(&h->blocks, scratch, 2, j->width);
 }
 
 static void begin_forward(half_tile *h, const attention_job *j)
@@ -243,15 +276,19 @@ static void forward_block(half_tile *h, const attention_job *j, int block)
 {
     int w = j->width, hd = j->shape.head_dim, low, high;
     size_t stride = (size_t)j->shape.kv_heads * (size_t)hd, at = (size_t)h->l.kv_head * (size_t)hd;
+    bool fill;
+    uint16_t *keys = block_operands(&h->blocks, block / KEYS, &fill), *values = keys + KEYS * w;
 
-    copy_keys(h->rows, w, j->v, at, stride, h->l.seq, block, hd);
-    spurion_amx_transpose(h->values, KEYS, h->rows, (size_t)w, KEYS, w);
-    copy_keys(h->keys, w, j->k, at, stride, h->l.seq, block, hd);
+    if (fill) {
+        copy_keys(h->rows, w, j->v, at, stride, h->l.seq, block, hd);
+        spurion_amx_transpose(values, KEYS, h->rows, (size_t)w, KEYS, w);
+        copy_keys(keys, w, j->k, at, stride, h->l.seq, block, hd);
+    }
     lanes_seeing(&low, &high, &h->l, block, j->group, j->shape.window);
     for (int g = low; g < high; g++) {
-        spurion_amx_multiply(h->s, LANES, h->keys, (size_t)w, h->q + (size_t)(g * LANES * w), KEYS, LANES, w, false);
+        spurion_amx_multiply(h->s, LANES, keys, (size_t)w, h->q + (size_t)(g * LANES * w), KEYS, LANES, w, false);
         soften_group(h, j, g, block);
-        spurion_amx_multiply(h->acc + (size_t)(g * w * LANES), LANES, h->values, KEYS, h->p, w, LANES, KEYS, true);
+        spurion_amx_multiply(h->acc + (size_t)(g * w * LANES), LANES, values, KEYS, h->p, w, LANES, KEYS, true);
     }
 }
 
@@ -284,18 +321,23 @@ void spurion_attention_amx_item(void *context, int64_t item, int worker)
     const attention_job *j = context;
     attention_tile t;
     half_tile h;
+    int queries = FORWARD_LANES > j->group ? FORWARD_LANES / j->group : 1;
 
     place_tile(&t, j, item);
     place_forward(&h, j, j->cpu->scratch[worker]);
-    h.l = (lanes){t.seq, t.kv_head, t.first, t.first, t.first + t.count, 0, h.l.position};
-    lanes_place(&h.l, j->group, t.count);
-    begin_forward(&h, j);
+    blocks_begin(&h.blocks, attention_first_key(t.first, j->shape.window) / KEYS);
     spurion_amx_begin();
-    for (int b = attention_first_key(t.first, j->shape.window) / KEYS; b * KEYS < t.first + t.count; b++) {
-        forward_block(&h, j, b * KEYS);
+    for (int first = t.first, n; first < t.first + t.count; first += n) {
+        n = t.first + t.count - first < queries ? t.first + t.count - first : queries;
+        h.l = (lanes){t.seq, t.kv_head, first, first, first + n, 0, h.l.position};
+        lanes_place(&h.l, j->group, n);
+        begin_forward(&h, j);
+        for (int b = attention_first_key(first, j->shape.window) / KEYS; b * KEYS < first + n; b++) {
+            forward_block(&h, j, b * KEYS);
+        }
+        write_forward(&h, j);
     }
     spurion_amx_end();
-    write_forward(&h, j);
 }
 
 /* --- backward ---  tiles of queries outside, key blocks inside: dQ is finished in one go, dK and dV gather where they belong */
@@ -306,7 +348,7 @@ typedef struct back_half {
     uint16_t *rows;                          /* (lanes or KEYS, width) as it is */
     uint16_t *q, *dout;                      /* (count, width) packed as columns: for S^T and dP^T */
     uint16_t *q_pairs, *dout_pairs;          /* (count, width) packed in pairs: for dK and dV */
-    uint16_t *keys, *values, *keys_t;        /* (KEYS, width), (width, KEYS) */
+    key_blocks blocks;                       /* of keys and values (KEYS, width), keys (width, KEYS) */
     uint16_t *p, *ds;                        /* (KEYS, count) */
     uint16_t *ds_pairs;                      /* (KEYS, LANES) packed in pairs */
     float *s, *dp;                           /* (KEYS, LANES) */
@@ -325,9 +367,6 @@ static void place_backward(back_half *h, const back_job *j, char *scratch)
     h->dout = cut(&scratch, LANES_MAX * w * 2);
     h->q_pairs = cut(&scratch, LANES_MAX * w * 2);
     h->dout_pairs = cut(&scratch, LANES_MAX * w * 2);
-    h->keys = cut(&scratch, KEYS * w * 2);
-    h->values = cut(&scratch, KEYS * w * 2);
-    h->keys_t = cut(&scratch, KEYS * w * 2);
     h->p = cut(&scratch, KEYS * LANES_MAX * 2);
     h->ds = cut(&scratch, KEYS * LANES_MAX * 2);
     h->ds_pairs = cut(&scratch, KEYS * LANES * 2);
@@ -337,6 +376,7 @@ static void place_backward(back_half *h, const back_job *j, char *scratch)
     h->delta = cut(&scratch, LANES_MAX * 4);
     h->dq = cut(&scratch, LANES_MAX * w * 4);
     h->block = cut(&scratch, KEYS * w * 4);
+    blocks_place(&h->blocks, scratch, 3, j->width);
 }
 
 static void load_queries(back_half *h, const back_job *j)
@@ -430,10 +470,14 @@ static void backward_block(back_half *h, const back_job *j, int block)
 {
     int w = j->width, hd = j->shape.head_dim, low, high;
     size_t stride = (size_t)j->shape.kv_heads * (size_t)hd, at = (size_t)h->l.kv_head * (size_t)hd;
+    bool fill;
+    uint16_t *keys = block_operands(&h->blocks, block / KEYS, &fill), *values = keys + KEYS * w, *keys_t = values + KEYS * w;
 
-    copy_keys(h->keys, w, j->k, at, stride, h->l.seq, block, hd);
-    copy_keys(h->values, w, j->v, at, stride, h->l.seq, block, hd);
-    spurion_amx_transpose(h->keys_t, KEYS, h->keys, (size_t)w, KEYS, w);
+    if (fill) {
+        copy_keys(keys, w, j->k, at, stride, h->l.seq, block, hd);
+        copy_keys(values, w, j->v, at, stride, h->l.seq, block, hd);
+        spurion_amx_transpose(keys_t, KEYS, keys, (size_t)w, KEYS, w);
+    }
     lanes_seeing(&low, &high, &h->l, block, j->group, j->shape.window);
     for (int g = 0; g < h->l.count / LANES; g++) {
         if (g < low || g >= high) {
@@ -443,8 +487,8 @@ static void backward_block(back_half *h, const back_job *j, int block)
             }
             continue;
         }
-        spurion_amx_multiply(h->s, LANES, h->keys, (size_t)w, h->q + (size_t)(g * LANES * w), KEYS, LANES, w, false);
-        spurion_amx_multiply(h->dp, LANES, h->values, (size_t)w, h->dout + (size_t)(g * LANES * w), KEYS, LANES, w, false);
+        spurion_amx_multiply(h->s, LANES, keys, (size_t)w, h->q + (size_t)(g * LANES * w), KEYS, LANES, w, false);
+        spurion_amx_multiply(h->dp, LANES, values, (size_t)w, h->dout + (size_t)(g * LANES * w), KEYS, LANES, w, false);
         for (int half = 0; half < LANES; half += VW) {
             const int32_t *position = h->l.position + g * LANES + half;
             if (j->shape.softcap > 0 || !sees_all(position, block, j->shape.window)) {
@@ -452,7 +496,7 @@ static void backward_block(back_half *h, const back_job *j, int block)
             }
             gradient_lanes(h, g * LANES + half, half, j->shape);
         }
-        spurion_amx_multiply(h->dq + (size_t)(g * w * LANES), LANES, h->keys_t, KEYS, h->ds_pairs, w, LANES, KEYS, true);
+        spurion_amx_multiply(h->dq + (size_t)(g * w * LANES), LANES, keys_t, KEYS, h->ds_pairs, w, LANES, KEYS, true);
     }
     backward_keys(h, j, block);
 }
@@ -499,6 +543,7 @@ void spurion_attention_amx_back_item(void *context, int64_t item, int worker)
     h.l.seq = s;
     h.l.kv_head = (int)(item % j->shape.kv_heads);
     zero_keys(&h, j);
+    blocks_begin(&h.blocks, attention_first_key(begin, window) / KEYS);
     spurion_amx_begin();
     for (int first = begin / h.queries * h.queries; first < end; first += h.queries) {
         int from = first > begin ? first : begin, stop = first + h.queries < end ? first + h.queries : end;

@@ -134,7 +134,8 @@ spurion_status spurion_cpu_sync(spurion_dev *dev);
 size_t spurion_cpu_memory_free(spurion_dev *dev);
 
 /* Bytes of scratch that attention forward and backward take. */
-#define SPURION_ATTENTION_SCRATCH ((size_t)1536 * 1024)
+#define SPURION_ATTENTION_KEPT ((size_t)512 * 1024) /* of it: key blocks that stay gathered */
+#define SPURION_ATTENTION_SCRATCH (SPURION_ATTENTION_KEPT + (size_t)1536 * 1024)
 
 /* The tables, one per instruction set; NULL in builds for other processors. */
 const spurion_ops *spurion_cpu_table_portable(void);
