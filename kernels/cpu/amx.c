@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-#if defined(__AMX_BF16__) && defined(__AVX512F__)
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
 
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -245,6 +245,44 @@ void spurion_amx_multiply(float *c, size_t c_stride, const uint16_t *a, size_t a
     }
 }
 
+/* c (8, 32) [+]= a (8, inner) . one packed panel: two accumulators a row. */
+static inline __attribute__((always_inline)) void pairs_block(float *c, size_t c_stride, const uint16_t *a, size_t a_stride, const uint16_t *b,
+                                                              size_t steps, bool accumulate)
+{
+    __m512 sum[8][2];
+    for (int m = 0; m < 8; m++) {
+        sum[m][0] = accumulate ? _mm512_loadu_ps(c + (size_t)m * c_stride) : _mm512_setzero_ps();
+        sum[m][1] = accumulate ? _mm512_loadu_ps(c + (size_t)m * c_stride + 16) : _mm512_setzero_ps();
+    }
+    for (size_t k = 0; k < steps * 16; k++) {
+        const uint16_t *row = b + k / 16 * 2 * TILE_WORDS + k % 16 * 32;
+        __m512bh low = (__m512bh)_mm512_loadu_si512(row), high = (__m512bh)_mm512_loadu_si512(row + TILE_WORDS);
+        for (int m = 0; m < 8; m++) {
+            int pair;
+            memcpy(&pair, a + (size_t)m * a_stride + 2 * k, sizeof pair);
+            __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+            sum[m][0] = _mm512_dpbf16_ps(sum[m][0], both, low);
+            sum[m][1] = _mm512_dpbf16_ps(sum[m][1], both, high);
+        }
+    }
+    for (int m = 0; m < 8; m++) {
+        _mm512_storeu_ps(c + (size_t)m * c_stride, sum[m][0]);
+        _mm512_storeu_ps(c + (size_t)m * c_stride + 16, sum[m][1]);
+    }
+}
+
+void spurion_avx512_multiply(float *c, size_t c_stride, const uint16_t *a, size_t a_stride, const uint16_t *b, int rows, int columns, int inner,
+                             bool accumulate)
+{
+    size_t steps = steps_of(inner);
+    for (int n = 0; n < columns; n += SPURION_AMX_COLUMNS) {
+        const uint16_t *panel = b + (size_t)(n / SPURION_AMX_COLUMNS) * steps * 2 * TILE_WORDS;
+        for (int m = 0; m < rows; m += 8) {
+            pairs_block(c + (size_t)m * c_stride + n, c_stride, a + (size_t)m * a_stride, a_stride, panel, steps, accumulate);
+        }
+    }
+}
+
 /* Turns 16 x 16 words of 32 bits: pairs of rows, pairs of pairs, then quarters. */
 static inline void transpose_words(__m512i r[16])
 {
@@ -371,6 +409,11 @@ void spurion_amx_product(float *out, size_t out_stride, const uint16_t *a, size_
 
 void spurion_amx_multiply(float *c, size_t c_stride, const uint16_t *a, size_t a_stride, const uint16_t *b, int rows, int columns, int inner,
                           bool accumulate)
+{
+}
+
+void spurion_avx512_multiply(float *c, size_t c_stride, const uint16_t *a, size_t a_stride, const uint16_t *b, int rows, int columns, int inner,
+                             bool accumulate)
 {
 }
 

@@ -1,4 +1,5 @@
-/* bf16 products on AMX tiles (Sapphire Rapids and later), for the whole process once enabled. Elsewhere enable says no.
+/* bf16 products on AMX tiles (Sapphire Rapids and later), for the whole process once enabled. Elsewhere enable says no; the part for attention has
+ * a twin for processors with AVX512-BF16 alone.
  * An output is one chain of dot products over k = 0, 2, 4, ... in f32 (TDPBF16PS), whatever rows and columns stand beside it.
  * Thread: enable before workers start; the rest in any worker, between begin and end. */
 #ifndef SPURION_CPU_AMX_H
@@ -37,6 +38,9 @@ void spurion_amx_product(float *out, size_t out_stride, const uint16_t *a, size_
 /* c (rows, columns) f32 = [c +] a (rows, inner) . b; b packed by one of the two below. */
 void spurion_amx_multiply(float *c, size_t c_stride, const uint16_t *a, size_t a_stride, const uint16_t *b, int rows, int columns, int inner,
                           bool accumulate);
+/* The same by VDPBF16PS, without tiles. */
+void spurion_avx512_multiply(float *c, size_t c_stride, const uint16_t *a, size_t a_stride, const uint16_t *b, int rows, int columns, int inner,
+                             bool accumulate);
 /* b[k, n] = x[n, k]: x (columns, inner). */
 void spurion_amx_pack_rows(uint16_t *b, const uint16_t *x, size_t stride, int columns, int inner);
 /* b[k, n] = x[k, n]: x (inner, columns). */

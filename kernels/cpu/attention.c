@@ -50,7 +50,7 @@ static void attention_item(void *context, int64_t item, int worker)
     write_tile(&t, j);
 }
 
-enum { AMX_QUERIES_MAX = 256, AMX_QUERIES_MIN = 32 }; /* of one item */
+enum { LANES_QUERIES_MAX = 256, LANES_QUERIES_MIN = 32 }; /* of one item */
 
 static int64_t items_of(const attention_job *j)
 {
@@ -70,17 +70,17 @@ spurion_status SPURION_CPU_OP(attention)(spurion_dev *dev, void *out, float *lse
         return st;
     }
     int group = shape.heads / shape.kv_heads, tile = TILE_ROWS_MAX / group < 128 ? TILE_ROWS_MAX / group : 128;
-    bool amx = spurion_cpu_of(dev)->amx && dev->dtype == SPURION_BF16;
+    bool lanes = spurion_cpu_of(dev)->multiply_pairs != NULL && dev->dtype == SPURION_BF16;
     attention_job job = {spurion_cpu_of(dev), out, lse, q, k, v, seqs, seq_count, shape, group, tile,
-                         (int)spurion_round_up((size_t)shape.head_dim, amx ? 32 : VW), dev->dtype};
+                         (int)spurion_round_up((size_t)shape.head_dim, lanes ? 32 : VW), dev->dtype};
     int64_t items = items_of(&job);
-    if (amx) { /* longer runs of queries share the key blocks that were gathered for them: as long as all workers have some */
-        job.tile = AMX_QUERIES_MAX;
-        for (items = items_of(&job); job.tile > AMX_QUERIES_MIN && items < 4 * (int64_t)dev->thread_count; items = items_of(&job)) {
+    if (lanes) { /* longer runs of queries share the key blocks that were gathered for them: as long as all workers have some */
+        job.tile = LANES_QUERIES_MAX;
+        for (items = items_of(&job); job.tile > LANES_QUERIES_MIN && items < 4 * (int64_t)dev->thread_count; items = items_of(&job)) {
             job.tile /= 2;
         }
     }
-    spurion_pool_run(job.cpu->pool, amx ? spurion_attention_amx_item : attention_item, &job, items);
+    spurion_pool_run(job.cpu->pool, lanes ? spurion_attention_lanes_item : attention_item, &job, items);
     double pairs = attention_pairs(seqs, seq_count, shape.window) * shape.heads;
     spurion_cpu_count(dev, SPURION_CLASS_ATTENTION, start, 4 * pairs * shape.head_dim,
                       pairs / KEYS * 2 * shape.head_dim * (double)spurion_dtype_bytes(dev->dtype));

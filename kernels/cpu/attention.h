@@ -226,7 +226,7 @@ typedef struct back_job {
     spurion_dtype dtype;
 } back_job;
 
-struct back_half; /* attention_amx.c */
+struct back_half; /* attention_lanes.c */
 
 /* One key block of one seq and key head; buffers in scratch. */
 typedef struct back_state {
@@ -328,8 +328,8 @@ static inline void back_sequence(back_state *b, const back_job *j, int64_t item,
     }
 }
 
-/* Items on AMX, for bf16 (attention_amx.c); never called where the device has none. */
-void spurion_attention_amx_item(void *context, int64_t item, int worker);
-void spurion_attention_amx_back_item(void *context, int64_t item, int worker);
+/* Items with queries in lanes, for bf16 (attention_lanes.c); never called where the device has no multiply_pairs. */
+void spurion_attention_lanes_item(void *context, int64_t item, int worker);
+void spurion_attention_lanes_back_item(void *context, int64_t item, int worker);
 
 #endif

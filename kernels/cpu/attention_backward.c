@@ -88,10 +88,10 @@ spurion_status SPURION_CPU_OP(attention_backward)(spurion_dev *dev, float *dq, f
     if (st.code != SPURION_OK) {
         return st;
     }
-    bool amx = spurion_cpu_of(dev)->amx && dev->dtype == SPURION_BF16;
+    bool lanes = spurion_cpu_of(dev)->multiply_pairs != NULL && dev->dtype == SPURION_BF16;
     back_job job = {spurion_cpu_of(dev), dq, dk, dv, (size_t)dkv_stride, dout, lse, out, q, k, v, seqs, shape,
-                    shape.heads / shape.kv_heads, (int)spurion_round_up((size_t)shape.head_dim, amx ? 32 : VW), dev->dtype};
-    spurion_pool_run(job.cpu->pool, amx ? spurion_attention_amx_back_item : back_item, &job, (int64_t)seq_count * shape.kv_heads);
+                    shape.heads / shape.kv_heads, (int)spurion_round_up((size_t)shape.head_dim, lanes ? 32 : VW), dev->dtype};
+    spurion_pool_run(job.cpu->pool, lanes ? spurion_attention_lanes_back_item : back_item, &job, (int64_t)seq_count * shape.kv_heads);
     double pairs = attention_pairs(seqs, seq_count, shape.window) * shape.heads;
     spurion_cpu_count(dev, SPURION_CLASS_ATTENTION, start, 10 * pairs * shape.head_dim,
                       pairs / KEYS * 4 * shape.head_dim * (double)spurion_dtype_bytes(dev->dtype));

@@ -32,6 +32,9 @@ typedef struct spurion_cpu {
     spurion_products *products;
     spurion_cpu_isa isa;
     bool amx;            /* AMX-BF16 tiles may be used */
+    /* Products for attention in bf16, its queries in lanes (amx.h); NULL: this processor multiplies no bf16, attention works in f32. */
+    void (*multiply_pairs)(float *c, size_t c_stride, const uint16_t *a, size_t a_stride, const uint16_t *b, int rows, int columns, int inner,
+                           bool accumulate);
     char **scratch;      /* (workers) 64-byte aligned, scratch_bytes each; valid inside one op */
     size_t scratch_bytes;
 } spurion_cpu;
@@ -89,6 +92,8 @@ spurion_status spurion_products_create(spurion_products **out, spurion_cpu *cpu)
 void spurion_products_destroy(spurion_products *p);
 /* AMX is there, allowed, and not switched off by DNNL_MAX_CPU_ISA or SPURION_CPU_AMX=0. Before workers start. */
 bool spurion_products_amx(void);
+/* AVX512-BF16 is there, and not switched off by DNNL_MAX_CPU_ISA. */
+bool spurion_products_avx512_bf16(void);
 const char *spurion_products_isa(const spurion_products *p); /* "avx512_core_amx" */
 
 /* Bytes of a worker's scratch that the product takes from its beginning; what lies above is the caller's. */
@@ -121,6 +126,13 @@ size_t spurion_cpu_matrix_bytes(const spurion_dev *dev, int N, int K, int direct
 
 /* --- device and memory (device.c, memory.c) --- */
 void spurion_cpu_destroy(spurion_dev *dev);
+/* Memory for free(): aligned to 64 bytes; from 4 MiB on to a huge page, which it asks for, and its pages lie on all memory nodes in turn, for
+ * every worker reads all weights. NULL: none left. */
+void *spurion_cpu_block(size_t bytes);
+/* The first 64 nodes of a list such as "0-1,4" as bits. */
+uint64_t spurion_cpu_nodes(const char *list);
+/* Asks for the pages of a block (whole, not yet touched) on the given nodes in turn. false: the kernel would not. */
+bool spurion_cpu_spread(void *p, size_t bytes, uint64_t nodes);
 spurion_status spurion_cpu_alloc(spurion_dev *dev, void **out, size_t bytes);
 void spurion_cpu_free(spurion_dev *dev, void *p);
 spurion_status spurion_cpu_upload(spurion_dev *dev, void *out, const void *host, size_t bytes);

@@ -7,6 +7,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "kernels/cpu/amx.h"
 #include "kernels/cpu/cpu.h"
 
 double spurion_cpu_now(void)
@@ -130,6 +131,9 @@ spurion_status spurion_dev_create_cpu(spurion_dev **out, spurion_dtype dtype, in
     }
     SPURION_TRY(st, spurion_cpu_scratch(cpu, SPURION_ATTENTION_SCRATCH));
     cpu->amx = cpu->isa == SPURION_ISA_AVX512 && spurion_products_amx();
+    if (cpu->amx || (cpu->isa == SPURION_ISA_AVX512 && spurion_products_avx512_bf16())) {
+        cpu->multiply_pairs = cpu->amx ? spurion_amx_multiply : spurion_avx512_multiply;
+    }
     SPURION_TRY(st, spurion_pool_create(&cpu->pool, cpu->dev.thread_count));
     SPURION_TRY(st, spurion_products_create(&cpu->products, cpu));
     snprintf(cpu->dev.name, sizeof cpu->dev.name, "cpu %s %d threads", spurion_products_isa(cpu->products), cpu->dev.thread_count);

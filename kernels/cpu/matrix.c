@@ -171,6 +171,12 @@ bool spurion_products_amx(void)
     return !(off != NULL && strcmp(off, "0") == 0) && dnnl_get_effective_cpu_isa() == dnnl_cpu_isa_avx512_core_amx && spurion_amx_enable();
 }
 
+bool spurion_products_avx512_bf16(void)
+{
+    dnnl_cpu_isa_t isa = dnnl_get_effective_cpu_isa();
+    return isa == dnnl_cpu_isa_avx512_core_bf16 || isa == dnnl_cpu_isa_avx512_core_amx;
+}
+
 /* --- plans --- */
 
 static dnnl_data_type_t library_type(spurion_dtype t)
@@ -415,7 +421,7 @@ static spurion_status product_pack(spurion_product *out, spurion_products *p, co
     int rows = out->chunk > SPURION_AMX_COLUMNS ? out->chunk : SPURION_AMX_COLUMNS;
     void *dense = malloc((size_t)rows * (size_t)out->inner * spurion_dtype_bytes(spurion_product_type(m)));
 
-    out->packed = aligned_alloc(4096, bytes);
+    out->packed = spurion_cpu_block(bytes);
     if (dense == NULL || out->packed == NULL) {
         st = spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory for weights (%d, %d): %zu bytes", out->outputs, out->inner, bytes);
     } else if (out->amx) {

@@ -1,12 +1,14 @@
-/* Device memory of the CPU backend: the process's own, aligned; large blocks ask for huge pages.
+/* Device memory of the CPU backend: the process's own, aligned; large blocks ask for huge pages, spread over the machine's memory nodes.
  * A block larger than what the machine could give is refused here, where the number is known, and not by the OOM killer later. */
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "kernels/cpu/cpu.h"
 
-enum { HUGE_PAGE = 2 << 20 };
+enum { HUGE_PAGE = 2 << 20, INTERLEAVE = 3 /* MPOL_INTERLEAVE of linux/mempolicy.h */ };
 
 /* MemAvailable, bytes; 0: unknown. */
 static size_t machine_free(void)
@@ -50,22 +52,62 @@ size_t spurion_cpu_memory_free(spurion_dev *dev)
     return machine < container ? machine : container;
 }
 
+uint64_t spurion_cpu_nodes(const char *list)
+{
+    uint64_t nodes = 0;
+    for (const char *at = list; *at >= '0' && *at <= '9';) {
+        char *end;
+        unsigned long first = strtoul(at, &end, 10), last = *end == '-' ? strtoul(end + 1, &end, 10) : first;
+        for (unsigned long n = first; n <= last && n < 64; n++) {
+            nodes |= (uint64_t)1 << n;
+        }
+        at = *end == ',' ? end + 1 : end;
+    }
+    return nodes;
+}
+
+bool spurion_cpu_spread(void *p, size_t bytes, uint64_t nodes)
+{
+    return syscall(SYS_mbind, p, bytes, INTERLEAVE, &nodes, (unsigned long)64, 0U) == 0;
+}
+
+/* Memory nodes of the machine; 0: unknown. */
+static uint64_t machine_nodes(void)
+{
+    char line[256] = "";
+    FILE *f = fopen("/sys/devices/system/node/has_memory", "re");
+    if (f != NULL) {
+        (void)!fgets(line, sizeof line, f);
+        fclose(f);
+    }
+    return spurion_cpu_nodes(line);
+}
+
+void *spurion_cpu_block(size_t bytes)
+{
+    size_t align = bytes >= 2 * (size_t)HUGE_PAGE ? (size_t)HUGE_PAGE : 64, whole = spurion_round_up(bytes == 0 ? 1 : bytes, align);
+    void *p = aligned_alloc(align, whole);
+    if (p != NULL && align == (size_t)HUGE_PAGE) { /* wishes both: a container may forbid them */
+        uint64_t nodes = machine_nodes();
+        (void)madvise(p, whole, MADV_HUGEPAGE);
+        if ((nodes & (nodes - 1)) != 0) {
+            (void)spurion_cpu_spread(p, whole, nodes);
+        }
+    }
+    return p;
+}
+
 spurion_status spurion_cpu_alloc(spurion_dev *dev, void **out, size_t bytes)
 {
-    size_t align = bytes >= 2 * (size_t)HUGE_PAGE ? (size_t)HUGE_PAGE : 64;
     size_t left = bytes > (size_t)64 << 20 ? spurion_cpu_memory_free(dev) : 0;
     *out = NULL;
     if (bytes > SIZE_MAX / 2 || (left != 0 && bytes > left)) {
         return spurion_error(SPURION_RESOURCE_EXHAUSTED, "device cpu: %zu bytes asked, %zu free", bytes, left);
     }
-    void *p = aligned_alloc(align, spurion_round_up(bytes == 0 ? 1 : bytes, align));
-    if (p == NULL) {
+    *out = spurion_cpu_block(bytes);
+    if (*out == NULL) {
         return spurion_error(SPURION_RESOURCE_EXHAUSTED, "device cpu: no memory for %zu bytes", bytes);
     }
-    if (align == (size_t)HUGE_PAGE) {
-        (void)madvise(p, spurion_round_up(bytes, align), MADV_HUGEPAGE); /* a wish */
-    }
-    *out = p;
     return spurion_ok();
 }
 

@@ -1,4 +1,4 @@
-/* Attention on AMX tiles, bf16, with queries in the lanes: scores are made as S^T (keys, queries), so that softmax runs down the vectors,
+/* Attention in bf16 with queries in the lanes, its products on AMX tiles or by AVX-512's pairs (amx.h): scores are made as S^T (keys, queries), so that softmax runs down the vectors,
  * the weights come out in the layout that the next product reads, and nothing is summed across a vector. Key blocks are counted from
  * position 0 and a query's result is a chain over its own blocks: a block that it does not see multiplies by 1 and adds 0. In the backward
  * pass a query's lane is fixed by its position and head, so that sums over queries group in one way only. Weights, dout and score
@@ -286,9 +286,9 @@ static void forward_block(half_tile *h, const attention_job *j, int block)
     }
     lanes_seeing(&low, &high, &h->l, block, j->group, j->shape.window);
     for (int g = low; g < high; g++) {
-        spurion_amx_multiply(h->s, LANES, keys, (size_t)w, h->q + (size_t)(g * LANES * w), KEYS, LANES, w, false);
+        j->cpu->multiply_pairs(h->s, LANES, keys, (size_t)w, h->q + (size_t)(g * LANES * w), KEYS, LANES, w, false);
         soften_group(h, j, g, block);
-        spurion_amx_multiply(h->acc + (size_t)(g * w * LANES), LANES, values, KEYS, h->p, w, LANES, KEYS, true);
+        j->cpu->multiply_pairs(h->acc + (size_t)(g * w * LANES), LANES, values, KEYS, h->p, w, LANES, KEYS, true);
     }
 }
 
@@ -316,7 +316,7 @@ static void write_forward(half_tile *h, const attention_job *j)
     }
 }
 
-void spurion_attention_amx_item(void *context, int64_t item, int worker)
+void spurion_attention_lanes_item(void *context, int64_t item, int worker)
 {
     const attention_job *j = context;
     attention_tile t;
@@ -326,7 +326,9 @@ void spurion_attention_amx_item(void *context, int64_t item, int worker)
     place_tile(&t, j, item);
     place_forward(&h, j, j->cpu->scratch[worker]);
     blocks_begin(&h.blocks, attention_first_key(t.first, j->shape.window) / KEYS);
-    spurion_amx_begin();
+    if (j->cpu->amx) {
+        spurion_amx_begin();
+    }
     for (int first = t.first, n; first < t.first + t.count; first += n) {
         n = t.first + t.count - first < queries ? t.first + t.count - first : queries;
         h.l = (lanes){t.seq, t.kv_head, first, first, first + n, 0, h.l.position};
@@ -337,7 +339,9 @@ void spurion_attention_amx_item(void *context, int64_t item, int worker)
         }
         write_forward(&h, j);
     }
-    spurion_amx_end();
+    if (j->cpu->amx) {
+        spurion_amx_end();
+    }
 }
 
 /* --- backward ---  tiles of queries outside, key blocks inside: dQ is finished in one go, dK and dV gather where they belong */
@@ -442,14 +446,14 @@ static void gather_keys(back_half *h, const back_job *j, float *c, const uint16_
 {
     int w = j->width, hd = j->shape.head_dim;
     if (rows == KEYS && w == hd) {
-        spurion_amx_multiply(c, j->dkv_stride, a, LANES_MAX, b, KEYS, w, h->l.count, true);
+        j->cpu->multiply_pairs(c, j->dkv_stride, a, LANES_MAX, b, KEYS, w, h->l.count, true);
         return;
     }
     memset(h->block, 0, (size_t)(KEYS * w) * sizeof *h->block);
     for (int r = 0; r < rows; r++) {
         memcpy(h->block + (size_t)((skip + r) * w), c + (size_t)r * j->dkv_stride, (size_t)hd * sizeof *c);
     }
-    spurion_amx_multiply(h->block, (size_t)w, a, LANES_MAX, b, KEYS, w, h->l.count, true);
+    j->cpu->multiply_pairs(h->block, (size_t)w, a, LANES_MAX, b, KEYS, w, h->l.count, true);
     for (int r = 0; r < rows; r++) {
         memcpy(c + (size_t)r * j->dkv_stride, h->block + (size_t)((skip + r) * w), (size_t)hd * sizeof *c);
     }
@@ -487,8 +491,8 @@ static void backward_block(back_half *h, const back_job *j, int block)
             }
             continue;
         }
-        spurion_amx_multiply(h->s, LANES, keys, (size_t)w, h->q + (size_t)(g * LANES * w), KEYS, LANES, w, false);
-        spurion_amx_multiply(h->dp, LANES, values, (size_t)w, h->dout + (size_t)(g * LANES * w), KEYS, LANES, w, false);
+        j->cpu->multiply_pairs(h->s, LANES, keys, (size_t)w, h->q + (size_t)(g * LANES * w), KEYS, LANES, w, false);
+        j->cpu->multiply_pairs(h->dp, LANES, values, (size_t)w, h->dout + (size_t)(g * LANES * w), KEYS, LANES, w, false);
         for (int half = 0; half < LANES; half += VW) {
             const int32_t *position = h->l.position + g * LANES + half;
             if (j->shape.softcap > 0 || !sees_all(position, block, j->shape.window)) {
@@ -496,7 +500,7 @@ static void backward_block(back_half *h, const back_job *j, int block)
             }
             gradient_lanes(h, g * LANES + half, half, j->shape);
         }
-        spurion_amx_multiply(h->dq + (size_t)(g * w * LANES), LANES, keys_t, KEYS, h->ds_pairs, w, LANES, KEYS, true);
+        j->cpu->multiply_pairs(h->dq + (size_t)(g * w * LANES), LANES, keys_t, KEYS, h->ds_pairs, w, LANES, KEYS, true);
     }
     backward_keys(h, j, block);
 }
@@ -529,7 +533,7 @@ static void zero_keys(const back_half *h, const back_job *j)
     }
 }
 
-void spurion_attention_amx_back_item(void *context, int64_t item, int worker)
+void spurion_attention_lanes_back_item(void *context, int64_t item, int worker)
 {
     const back_job *j = context;
     back_half h;
@@ -544,7 +548,9 @@ void spurion_attention_amx_back_item(void *context, int64_t item, int worker)
     h.l.kv_head = (int)(item % j->shape.kv_heads);
     zero_keys(&h, j);
     blocks_begin(&h.blocks, attention_first_key(begin, window) / KEYS);
-    spurion_amx_begin();
+    if (j->cpu->amx) {
+        spurion_amx_begin();
+    }
     for (int first = begin / h.queries * h.queries; first < end; first += h.queries) {
         int from = first > begin ? first : begin, stop = first + h.queries < end ? first + h.queries : end;
         h.l.first = first, h.l.from = from, h.l.end = stop;
@@ -557,19 +563,21 @@ void spurion_attention_amx_back_item(void *context, int64_t item, int worker)
         }
         write_query_gradients(&h, j);
     }
-    spurion_amx_end();
+    if (j->cpu->amx) {
+        spurion_amx_end();
+    }
 }
 
 #else
 
-void spurion_attention_amx_item(void *context, int64_t item, int worker)
+void spurion_attention_lanes_item(void *context, int64_t item, int worker)
 {
     (void)context;
     (void)item;
     (void)worker;
 }
 
-void spurion_attention_amx_back_item(void *context, int64_t item, int worker)
+void spurion_attention_lanes_back_item(void *context, int64_t item, int worker)
 {
     (void)context;
     (void)item;
