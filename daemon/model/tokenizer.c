@@ -365,22 +365,25 @@ void spurion_tokenizer_close(spurion_tokenizer *t)
     free(t->added);
     free(t->texts);
     free(t->text_blob);
-    free(t->classes);
+    free(t->classes_owned);
     free(t);
 }
 
-spurion_status spurion_tokenizer_open_memory(spurion_tokenizer **out, const char *json, size_t bytes)
+spurion_status tok_open(spurion_tokenizer **out, const uint8_t *classes, const char *json, size_t bytes)
 {
     spurion_status st;
     spurion_tokenizer *t = calloc(1, sizeof *t);
     unsigned int digest_bytes = SPURION_TOKENIZER_DIGEST_BYTES;
 
     *out = NULL;
-    if (t == NULL || (t->classes = malloc(SPURION_UNICODE_CODE_POINTS)) == NULL) {
+    if (t == NULL || (classes == NULL && (t->classes_owned = malloc(SPURION_UNICODE_CODE_POINTS)) == NULL)) {
         st = spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory for a tokenizer");
         goto out;
     }
-    spurion_unicode_expand(t->classes);
+    if (classes == NULL) {
+        spurion_unicode_expand(t->classes_owned);
+    }
+    t->classes = classes == NULL ? t->classes_owned : classes;
     if (EVP_Digest(json, bytes, t->digest, &digest_bytes, EVP_sha256(), NULL) != 1) {
         st = spurion_error(SPURION_INTERNAL, "SHA-256 of tokenizer.json failed");
         goto out;
@@ -391,6 +394,11 @@ spurion_status spurion_tokenizer_open_memory(spurion_tokenizer **out, const char
 out:
     spurion_tokenizer_close(t);
     return st;
+}
+
+spurion_status spurion_tokenizer_open_memory(spurion_tokenizer **out, const char *json, size_t bytes)
+{
+    return tok_open(out, NULL, json, bytes);
 }
 
 /* Reads the whole file; *out is the caller's to free. */

@@ -154,7 +154,8 @@ typedef struct tok_text {
 } tok_text;
 
 struct spurion_tokenizer {
-    uint8_t *classes; /* (SPURION_UNICODE_CODE_POINTS) */
+    const uint8_t *classes; /* (SPURION_UNICODE_CODE_POINTS) */
+    uint8_t *classes_owned; /* the same, or NULL when they are the caller's */
     tok_bpe bpe;
     tok_added *added;
     size_t added_count;
@@ -198,6 +199,8 @@ typedef struct tok_work {
     void *region; /* Oniguruma's */
 } tok_work;
 
+/* spurion_tokenizer_open_memory. classes: borrowed for the tokenizer's life, or NULL: it makes its own, a megabyte. */
+spurion_status tok_open(spurion_tokenizer **out, const uint8_t *classes, const char *json, size_t bytes) SPURION_MUST_USE;
 void tok_work_init(tok_work *w, const spurion_tokenizer *t, spurion_ids *out);
 void tok_work_fini(tok_work *w);
 /* spurion_tokenizer_encode; *steps counts the work, for tests. */

@@ -7,10 +7,11 @@ cd "$(dirname "$0")/../.."
 target=$1 runs=$2 seconds=${3:-0}
 place=build/fuzz/corpus/$target
 mkdir -p "$place" "$place.found"
-case $target in safetensors | index | labels) length=512 ;; npz | config | sae_cfg | codec) length=2048 ;; *) length=4096 ;; esac
+case $target in safetensors | index | labels | sae_cfg) length=512 ;; npz | config | tokenizer) length=1024 ;; codec) length=2048 ;; *) length=4096 ;; esac
+[ -f "tests/fuzz/$target.dict" ] && words="-dict=tests/fuzz/$target.dict" || words=
 # A small quarantine: the inputs are small, and freed memory that is kept costs more than it finds.
-export ASAN_OPTIONS=detect_leaks=1:quarantine_size_mb=1:malloc_context_size=2 UBSAN_OPTIONS=halt_on_error=1 OMP_WAIT_POLICY=passive
-nice -n 19 "build/fuzz/bin/fuzz_$target" -runs="$runs" -max_total_time="$seconds" -max_len="$length" -rss_limit_mb=512 -timeout=30 -print_final_stats=1 \
+export ASAN_OPTIONS=detect_leaks=1:quarantine_size_mb=1:malloc_context_size=0 UBSAN_OPTIONS=halt_on_error=1 OMP_WAIT_POLICY=passive
+nice -n 19 "build/fuzz/bin/fuzz_$target" -runs="$runs" -max_total_time="$seconds" -max_len="$length" $words -rss_limit_mb=512 -timeout=30 -print_final_stats=1 \
     -artifact_prefix="$place.found/" "$place" "tests/fuzz/corpus/$target" > "$place.log" 2>&1
 status=$?
 done=$(sed -n 's/^stat::number_of_executed_units: //p' "$place.log")
