@@ -235,9 +235,12 @@ def write_config(folder: Path, spec: dict) -> None:
 
 def write_tokenizer(folder: Path, spec: dict, seed: int):
     from cases.words import train_tokenizer
+    from tokenizers import normalizers
 
     kind = "gpt2" if spec["family"] in ("gptj", "gpt2", "neox") else "llama3"
     tokenizer = train_tokenizer(kind, spec.get("vocab", 700), seed)
+    if spec.get("nfc"):
+        tokenizer.normalizer = normalizers.NFC()
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     bos = "<|endoftext|>" if kind == "gpt2" else "<|begin_of_text|>"
@@ -270,6 +273,10 @@ def make_case(out: Path, name: str, spec: dict | None = None) -> Path:
 
         options = {"head_index": spec.get("head_index"), "head_weights": spec.get("head_weights")}
         rewrite(folder / "model", spec["head"], seed, 2.0, probes, options, spec.get("apart", False))
+    if spec.get("container"):
+        from cases.containers import repack
+
+        repack(folder / "model", spec["container"])
     if spec.get("v4"):
         spelled_as_v4(folder / "model")
     (folder / "catalogue.jsonl").write_text("")
@@ -332,18 +339,34 @@ def distinct(x):
     return x[~earlier]
 
 
+def complete_config(folder: Path, place: int, file: str, options: dict) -> None:
+    """What is known of an SAE's row only once its files stand: the file's name and options of units."""
+    import yaml
+
+    path = folder / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    row = config["saes"][place]
+    row |= {"path": f"{row['path']}/{file}" if file else row["path"], **options}
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+
+
 def write_saes(folder: Path, spec: dict, seed: int) -> None:
+    from cases.releases import WRITERS
     from cases.weights import Fit, make_dict, make_gemma_scope, make_lens, make_sparsify
 
     x = activations(folder, [s["hook"] for s in spec["saes"]])
     for n, sae in enumerate(spec["saes"]):
         path, here = folder / "saes" / sae["id"], x[sae["hook"]]
+        if sae["kind"] == "release":
+            file, options = WRITERS[sae["arch"]](path, here, sae["m"], int(sae["l0"]), seed + n, sae["hook"])
+            complete_config(folder, n, file, options)
+            continue
         if sae["kind"] in ("sparsify", "gemma_scope"):
             fit = Fit(here, sae["m"], sae["l0"], seed + n, subtract=sae["kind"] == "sparsify")
             make_sparsify(path, fit, int(sae["l0"])) if sae["kind"] == "sparsify" else make_gemma_scope(path, fit)
             continue
         if sae["kind"] == "dict":
-            fit = Fit(here, sae["m"], sae["l0"], seed + n, subtract=sae["arch"] != "JumpReluAutoEncoder")
+            fit = Fit(here, sae["m"], sae["l0"], seed + n, subtract=sae["arch"] not in ("JumpReluAutoEncoder", "AutoEncoderNew"))
             make_dict(path, sae["arch"], fit, int(sae["hook"].split(".")[1]), int(sae["l0"]), sae.get("pickle", True))
             continue
         norm = sae["cfg"].get("normalize_activations", "none")

@@ -184,6 +184,9 @@ def _dict_state(name: str, fit: Fit, k: int) -> tuple[dict, torch.Tensor]:
     if name == "AutoEncoder":
         q = fit.quantile()
         return {"bias": fit.b_dec, "encoder.bias": -q}, torch.relu(fit.pre - q)
+    if name == "AutoEncoderNew":
+        q = fit.quantile()
+        return {"decoder.bias": fit.b_dec, "encoder.bias": -q}, torch.relu(fit.pre - q)
     bias = 0.1 * spread * fit.randn(fit.m)
     p = fit.pre + bias
     if name == "JumpReluAutoEncoder":

@@ -18,7 +18,7 @@ KNOWN = {
     "rules": None,
     "catalogue": None,
 }
-KNOWN_SAE = {"id", "path", "hook", "format"}
+KNOWN_SAE = {"id", "path", "hook", "format", "norm_factor"}
 KNOWN_RULE = {"id", "families", "direction", "effect_min", "effect_sd_min", "advantage_flip", "alert", "rate_max", "alpha"}
 
 

@@ -47,7 +47,7 @@ class Instrument:
                                  config.model)
         self.saes: list[Sae] = []
         for order, row in enumerate(config.saes):
-            reader = open_sae(config.folder / row["path"], row.get("format"))
+            reader = open_sae(config.folder / row["path"], row.get("format"), row.get("norm_factor"))
             site = site_of(row.get("hook") or reader.hook)
             minimum = torch.zeros(reader.rows.shape[0])
             for feature in config.catalogue.values():

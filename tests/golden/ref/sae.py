@@ -122,8 +122,13 @@ class GemmaScopeSae:
         return Reading(f=f, scale=torch.ones(x.shape[0], 1), bias=self.b_dec.expand_as(x), x_hat=f @ self.rows + self.b_dec)
 
 
-def open_sae(path: Path, given_format: str | None):
-    """The reader for a directory, by the given format or by what stands in it."""
+def open_sae(path: Path, given_format: str | None, factor: float | None = None):
+    """The reader for a directory, by the given format or by what stands in it. factor: the user's norm_factor."""
+    from .releases import open_release
+
+    found = open_release(path, factor) if given_format is None else None
+    if found is not None:
+        return found
     cfg = path / "cfg.json"
     if given_format == "sparsify" or (given_format is None and (path / "sae.safetensors").exists()):
         return SparsifySae(path)
