@@ -564,6 +564,18 @@ static void describe_saes(const spurion_engine *e, FILE *out)
     }
 }
 
+bool spurion_engine_doubt(char *out, size_t bytes, const spurion_engine *e)
+{
+    const spurion_model_config *c = &e->model->config;
+
+    if (e->model->head_fresh == NULL) {
+        return false;
+    }
+    (void)snprintf(out, bytes, "the score head (%s) cannot be told from a fresh one: its numbers follow %s. It was re-initialised when the checkpoint "
+                   "was saved, or trained so little that it does not show: compare some rewards with your trainer's", c->head.stem, e->model->head_fresh);
+    return true;
+}
+
 void spurion_engine_describe(const spurion_engine *e, FILE *out)
 {
     const spurion_model_config *c = &e->model->config;

@@ -47,6 +47,8 @@ const char *spurion_engine_provenance(const spurion_engine *e); /* 16 hex digits
 const char *spurion_engine_provenance_text(const spurion_engine *e); /* JSON: what the digits stand for */
 /* What `spuriond check` and Status print: model, SAEs, transforms, plan, peak memory. */
 void spurion_engine_describe(const spurion_engine *e, FILE *out);
+/* Writes what makes the model doubtful (a head that looks untrained); false when there is nothing. */
+bool spurion_engine_doubt(char *out, size_t bytes, const spurion_engine *e);
 size_t spurion_engine_peak_bytes(const spurion_engine *e); /* resident size to expect at most */
 /* Times and work by op class since profile_start, which begins at nothing: loading does not count. */
 void spurion_engine_profile_start(spurion_engine *e);

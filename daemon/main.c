@@ -277,6 +277,7 @@ out:
 static int run_check(const arguments *a, const spurion_config *config)
 {
     spurion_engine *engine = NULL;
+    char doubt[400];
     int status = EXIT_ALL;
     spurion_status st = spurion_engine_create(&engine, config);
 
@@ -284,6 +285,10 @@ static int run_check(const arguments *a, const spurion_config *config)
         return report(st);
     }
     spurion_engine_describe(engine, stdout);
+    if (spurion_engine_doubt(doubt, sizeof doubt, engine)) {
+        (void)printf("warning    %s\n", doubt);
+        (void)fprintf(stderr, "spuriond: warning: %s\n", doubt);
+    }
     describe_running(engine, config);
     if (!a->no_calibration) {
         st = calibrate(engine, config, a->calibration);

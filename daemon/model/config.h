@@ -23,6 +23,7 @@ typedef struct spurion_head {
     int width[SPURION_HEAD_LAYERS_MAX]; /* of the hidden layers */
     bool bias, hidden_bias;
     double mean, std;                   /* reward = (score - mean) / std; 0 and 1 where nothing is normalised */
+    double init_range;                  /* initializer_range: the deviation of a head that was never trained */
     bool centre, rescale;               /* the same with normalizer.mean, sqrt(normalizer.var) of the file (beaver) */
 } spurion_head;
 

@@ -131,6 +131,8 @@ spurion_status spurion_head_read(spurion_model_config *c, bool *outputs_said, sp
     SPURION_TRY(st, read_prefix(&c->head, config));
     SPURION_TRY(st, read_outputs(c, outputs_said, config));
     SPURION_TRY(st, read_normalizer(c, config));
+    c->head.init_range = 0.02; /* transformers' default */
+    SPURION_TRY(st, spurion_json_opt_double(&c->head.init_range, config, "initializer_range", 0, 1e6));
     SPURION_TRY(st, read_pooling(c, config));
 out:
     return st;

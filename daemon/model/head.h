@@ -21,4 +21,9 @@ spurion_status spurion_head_find(spurion_model_config *c, bool outputs_said, con
 /* Tensor of layer `layer` (0 .. head.hidden; the last gives the outputs): "score.weight", "v_head.summary.2.bias". */
 void spurion_head_tensor(char out[SPURION_HEAD_NAME_BYTES], const spurion_head *head, int layer, const char *what);
 
+/* The law by which trainers draw a new head that these numbers cannot be told from, in words; NULL: none, or fewer than 64 numbers. A fresh
+ * head is found in some 99 cases of 100; a trained one only where training left its numbers as they were drawn. So this warns, and refuses
+ * nothing. w (count) = the last layer's (outputs, width); bias (outputs), zeros where there is none. */
+const char *spurion_head_fresh(const spurion_head *head, const float *w, size_t count, size_t width, const float *bias, size_t outputs);
+
 #endif

@@ -277,6 +277,7 @@ static spurion_status head_load(loader *l, spurion_head_choice choice)
     SPURION_TRY(st, spurion_weights_read(l->staging, l->weights, SPURION_ROLE_SCORE, hidden));
     SPURION_TRY(st, head_check_trained(l, l->staging, count));
     SPURION_TRY(st, head_vector(vectors, l, SPURION_ROLE_SCORE_B, hidden, 0));
+    m->head_fresh = spurion_head_fresh(&m->config.head, l->staging, count, (size_t)width, vectors, n);
     SPURION_TRY(st, head_vector(vectors + n, l, SPURION_ROLE_SCORE_MEAN, 0, 0));
     SPURION_TRY(st, head_vector(vectors + 2 * n, l, SPURION_ROLE_SCORE_VAR, 0, 1));
     head_fold(row, &m->score_b, &m->config, choice, l->staging, (size_t)width, vectors);

@@ -37,6 +37,7 @@ typedef struct spurion_model {
     float score_b;
     spurion_layer *layers;
     int vocab;
+    const char *head_fresh; /* the law that an untrained head's numbers follow, where this one's do (head.h); else NULL */
     size_t bytes;          /* device memory of all weights */
 } spurion_model;
 

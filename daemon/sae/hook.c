@@ -99,7 +99,7 @@ spurion_status spurion_hook_parse(spurion_hook *out, const char *name)
     memset(out, 0, sizeof *out);
     if (strstr(name, "hook_z") != NULL) {
         return spurion_error(SPURION_INVALID_ARGUMENT, "hook: expected a point of the residual stream or what is added to it, found \"%.80s\": "
-                             "SAEs on attention heads (hook_z) are not read", name);
+                             "SAEs on attention heads (hook_z) are not read; one of hook_attn_out or of the residual stream is", name);
     }
     return spurion_error(SPURION_INVALID_ARGUMENT, "hook: expected %s, found \"%.100s\"", known, name);
 }

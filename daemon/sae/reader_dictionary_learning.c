@@ -43,7 +43,8 @@ static spurion_status class_by_name(dictionary_class *out, const char *name, con
     }
     return spurion_error(SPURION_UNIMPLEMENTED,
                          "%s: dict_class: expected AutoEncoder, AutoEncoderNew, GatedAutoEncoder, JumpReluAutoEncoder, AutoEncoderTopK, "
-                         "BatchTopKSAE or MatryoshkaBatchTopKSAE, found \"%.60s\"",
+                         "BatchTopKSAE or MatryoshkaBatchTopKSAE, found \"%.60s\"; a class of the same arithmetic is said by `format: "
+                         "dictionary_learning:CLASS`",
                          spurion_path_tail(where), name);
 }
 

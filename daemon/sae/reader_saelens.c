@@ -47,7 +47,7 @@ static spurion_status read_architecture(spurion_saelens_config *c, spurion_json_
 
     SPURION_TRY(st, spurion_json_opt_string(&name, at, "architecture"));
     if (strstr(name, "transcoder") != NULL) {
-        st = spurion_json_unsupported(at, "architecture", "a sparse autoencoder (transcoders are not read)", name);
+        st = spurion_json_unsupported(at, "architecture", "a sparse autoencoder of one point (transcoders are not read: take an SAE of the same layer)", name);
         goto out;
     }
     snprintf(c->architecture, sizeof c->architecture, "%s", name);
@@ -58,7 +58,8 @@ static spurion_status read_architecture(spurion_saelens_config *c, spurion_json_
             return st;
         }
     }
-    st = spurion_json_unsupported(at, "architecture", "standard, gated, jumprelu, topk, batchtopk or matryoshka_batchtopk", name);
+    st = spurion_json_unsupported(at, "architecture", "standard, gated, jumprelu, topk, batchtopk or matryoshka_batchtopk "
+                                  "(others encode by iteration, over whole sequences or with signs: take an SAE of these kinds for the same point)", name);
 out:
     return st;
 }

@@ -592,9 +592,11 @@ def test_readers_saelens_centred_weights(tmp_path):
 @pytest.mark.parametrize("kind,options,found", [
     ("AbsTopK", dict(k=5), "abstopk"),
     ("MatchingPursuit", {}, "matching_pursuit"),
+    ("Temporal", dict(n_heads=1, bottleneck_factor=1), "temporal"),
     ("Transcoder", dict(d_out=D_IN, apply_b_dec_to_input=False), "transcoder"),
     ("SkipTranscoder", dict(d_out=D_IN, apply_b_dec_to_input=False), "skip_transcoder"),
     ("JumpReLUTranscoder", dict(d_out=D_IN, apply_b_dec_to_input=False), "jumprelu_transcoder"),
+    ("JumpReLUSkipTranscoder", dict(d_out=D_IN, apply_b_dec_to_input=False), "jumprelu_skip_transcoder"),
 ])
 def test_readers_saelens_others_are_refused_by_name(kind, options, found, tmp_path):
     sae_lens = pytest.importorskip("sae_lens")
@@ -604,6 +606,7 @@ def test_readers_saelens_others_are_refused_by_name(kind, options, found, tmp_pa
     getattr(sae_lens, name)(config).save_model(tmp_path / "s")
     text = refused("sae", tmp_path / "s", tmp_path)
     assert "architecture: expected" in text and f'found "{found}"' in text
+    assert "take an SAE of" in text  # what to do
 
 
 @pytest.mark.parametrize("change,message", [
@@ -612,6 +615,8 @@ def test_readers_saelens_others_are_refused_by_name(kind, options, found, tmp_pa
     (dict(d_in=D_IN + 1), f"expected d_in {D_IN + 1}"),
     (dict(d_out=7), "d_out"),
     (dict(architecture="temporal"), 'found "temporal"'),
+    (dict(metadata={"hook_name": "blocks.1.attn.hook_z"}), "SAEs on attention heads, hook_z, are not read"),
+    (dict(metadata={"hook_name": "blocks.1.hook_resid_pre", "hook_name_out": "blocks.1.hook_mlp_out"}), "transcoders are not read"),
 ])
 def test_readers_saelens_wrong_configurations_are_refused(change, message, tmp_path):
     sae = saelens("standard")
@@ -684,6 +689,15 @@ def test_readers_dictionary_learning_backup_is_scaled(name, tmp_path):
     assert convert(tmp_path / "s").returncode == 0
     ae.scale_biases(1.7)
     check_against(dump("sae", tmp_path / "s", tmp_path), activations(), library_encode(ae), ae.decode)
+
+
+@pytest.mark.parametrize("name", ["IdentityDict", "CrossCoder", "BatchTopKCrossCoder"])
+def test_readers_dictionary_learning_others_are_refused_by_name(name, tmp_path):
+    save_dictionary(dictionary("AutoEncoder"), name, tmp_path / "s")
+    assert convert(tmp_path / "s").returncode == 0
+    text = refused("sae", tmp_path / "s", tmp_path)
+    assert "dict_class: expected AutoEncoder, " in text and f'found "{name}"' in text and "format: dictionary_learning:CLASS" in text
+    assert dump("sae", tmp_path / "s", tmp_path, "dictionary_learning:AutoEncoder")["architecture"] == "AutoEncoder"
 
 
 @pytest.mark.parametrize("name", DICTIONARIES)
