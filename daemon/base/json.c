@@ -89,8 +89,10 @@ out:
 }
 
 /* jansson recurses to 2048 levels; our files need few, and the stack of a thread may be small. */
-static spurion_status depth_check(const char *text, size_t bytes, const char *name)
+spurion_status spurion_json_shape_check(const char *text, size_t bytes, const char *name)
 {
+    const size_t nested_max = SPURION_JSON_NESTED_MAX + bytes / 6;
+    size_t nested = 0;
     int depth = 0;
     bool quoted = false;
 
@@ -107,6 +109,10 @@ static spurion_status depth_check(const char *text, size_t bytes, const char *na
                 return spurion_error(SPURION_INVALID_ARGUMENT, "%s: expected at most %d nested levels, found more",
                                      spurion_path_tail(name), SPURION_JSON_DEPTH_MAX);
             }
+            if (++nested > nested_max) {
+                return spurion_error(SPURION_INVALID_ARGUMENT, "%s: expected at most %zu lists and objects in %zu bytes, found more: this is no file of "
+                                     "that kind", spurion_path_tail(name), nested_max, bytes);
+            }
         } else if (c == '}' || c == ']') {
             depth--;
         }
@@ -120,7 +126,7 @@ spurion_status spurion_json_parse(json_t **out, const char *text, size_t bytes, 
     json_error_t error;
 
     *out = NULL;
-    st = depth_check(text, bytes, name);
+    st = spurion_json_shape_check(text, bytes, name);
     if (st.code != SPURION_OK) {
         return st;
     }

@@ -13,12 +13,17 @@
 #define SPURION_JSON_CONFIG_BYTES_MAX (4u << 20) /* a config.json or cfg.json */
 #define SPURION_JSON_INDEX_BYTES_MAX (16u << 20) /* a shard index */
 #define SPURION_JSON_DEPTH_MAX 64
+/* An empty list takes 3 bytes of text and some 150 of memory: a file may hold this many lists and objects, and one more for every 6 bytes. */
+#define SPURION_JSON_NESTED_MAX 1024
 
 /* Reads a regular file of at most bytes_max bytes. Gives its bytes and a NUL after them; the caller frees.
  * NOT_FOUND when it does not exist, INVALID_ARGUMENT when it is no regular file, RESOURCE_EXHAUSTED when it is larger. */
 spurion_status spurion_file_read(char **out, size_t *bytes, const char *path, size_t bytes_max) SPURION_MUST_USE;
 
-/* Gives the value of a JSON text: UTF-8, no duplicate keys, nesting to SPURION_JSON_DEPTH_MAX. name stands in the errors. */
+/* INVALID_ARGUMENT for a text that nests deeper than SPURION_JSON_DEPTH_MAX or holds too many lists and objects: before it is parsed, so that
+ * parsing takes at most some 40 times its bytes. */
+spurion_status spurion_json_shape_check(const char *text, size_t bytes, const char *name) SPURION_MUST_USE;
+/* Gives the value of a JSON text: UTF-8, no duplicate keys, of a shape as above. name stands in the errors. */
 spurion_status spurion_json_parse(json_t **out, const char *text, size_t bytes, const char *name) SPURION_MUST_USE;
 spurion_status spurion_json_read(json_t **out, const char *path, size_t bytes_max) SPURION_MUST_USE;
 

@@ -18,6 +18,8 @@
 #define DIRECTORY_BYTES_MAX (16u << 20)
 #define NPY_HEADER_BYTES_MAX 16384u
 #define DEFLATE_RATIO_MAX 1032u    /* of zlib's format */
+#define ARCHIVE_RATIO_MAX 16u      /* of all arrays together: weights hardly pack, and small whole numbers in float64 by 12 */
+#define ARCHIVE_BYTES_FREE (1u << 20)
 #define BUFFER_BYTES 16384u
 
 typedef struct member {
@@ -270,6 +272,23 @@ out:
     return st;
 }
 
+/* What the arrays unpack to is bounded by the file's size. */
+static spurion_status check_ratio(const spurion_npz *z)
+{
+    const uint64_t most = ARCHIVE_BYTES_FREE + z->source.size * ARCHIVE_RATIO_MAX;
+    uint64_t all = 0;
+
+    for (int i = 0; i < z->count; i++) {
+        all += z->members[i].size; /* each at most 1032 times the file's size */
+        if (all > most) {
+            return spurion_error(SPURION_INVALID_ARGUMENT, "%s: expected arrays of at most %llu bytes in an archive of %llu, found more: weights do not "
+                                 "pack like this; save it stored (numpy.savez) if they are right", tail(z), (unsigned long long)most,
+                                 (unsigned long long)z->source.size);
+        }
+    }
+    return spurion_ok();
+}
+
 static int by_name(const void *a, const void *b)
 {
     return strcmp(((const member *)a)->name, ((const member *)b)->name);
@@ -329,6 +348,7 @@ static spurion_status read_directory(spurion_npz *z, spurion_tensor_header *head
         z->count++;
     }
     SPURION_TRY(st, check_layout(z));
+    SPURION_TRY(st, check_ratio(z));
 out:
     free(bytes);
     return st;

@@ -2,6 +2,8 @@
  * Thread: open's. Memory: the JSON tree lives for the call only; tables belong to the tokenizer. */
 #include "daemon/model/tokenizer_internal.h"
 
+#include "daemon/base/json.h"
+
 #include <jansson.h>
 
 #include <stdlib.h>
@@ -677,10 +679,15 @@ static void read_decoder(spurion_tokenizer *t, const json_t *v, int nesting)
 spurion_status tok_load(spurion_tokenizer *t, const char *json, size_t bytes)
 {
     json_error_t error;
-    json_t *root = json_loadb(json, bytes, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &error);
-    const json_t *version = json_object_get(root, "version");
-    spurion_status st;
+    json_t *root;
+    const json_t *version;
+    spurion_status st = spurion_json_shape_check(json, bytes, "tokenizer.json");
 
+    if (st.code != SPURION_OK) {
+        return st;
+    }
+    root = json_loadb(json, bytes, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &error);
+    version = json_object_get(root, "version");
     if (root == NULL) {
         return spurion_error(SPURION_INVALID_ARGUMENT, "tokenizer.json: expected JSON, found at line %d: %s", error.line,
                              error.text);

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../.."
 target=$1 runs=$2 seconds=${3:-0}
 place=build/fuzz/corpus/$target
 mkdir -p "$place" "$place.found"
-case $target in safetensors | index | labels | sae_cfg) length=512 ;; npz | config | tokenizer) length=1024 ;; codec) length=2048 ;; *) length=4096 ;; esac
+case $target in safetensors | index) length=256 ;; labels | sae_cfg) length=512 ;; npz | config | tokenizer) length=1024 ;; codec) length=2048 ;; *) length=4096 ;; esac
 [ -f "tests/fuzz/$target.dict" ] && words="-dict=tests/fuzz/$target.dict" || words=
 # A small quarantine: the inputs are small, and freed memory that is kept costs more than it finds.
 export ASAN_OPTIONS=detect_leaks=1:quarantine_size_mb=1:malloc_context_size=0 UBSAN_OPTIONS=halt_on_error=1 OMP_WAIT_POLICY=passive

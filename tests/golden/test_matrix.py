@@ -4,10 +4,10 @@ import functools
 import re
 
 import pytest
-from harness import ROOT, need_program, need_torch
-from matrix import FACTORS, NAMES, SAMPLE_BEGIN, SAMPLE_END, TOLERANCE, covering_rows, judge_row, pairs, pairs_of, sample
+from harness import ROOT, missing, need_program, need_torch
+from matrix import BF16_ROW, FACTORS, NAMES, SAMPLE_BEGIN, SAMPLE_END, TOLERANCE, bf16_limit, covering_rows, judge_row, pairs, pairs_of, sample
 
-LIVE = 14
+LIVE = 22
 
 
 @functools.cache
@@ -24,7 +24,7 @@ def documented() -> list[list[str]]:
 
 def test_matrix_covers_every_pair():
     left = pairs()
-    assert len(left) == 1043
+    assert len(left) == 1683
     for row in rows():
         left -= pairs_of(row)
     assert not left
@@ -35,9 +35,23 @@ def test_matrix_table_lists_the_rows_within_tolerance():
     assert [dict(zip(NAMES, cells[1 : 1 + len(NAMES)])) for cells in table] == rows()
     for cells in table:
         errors = cells[1 + len(NAMES) :]
-        assert len(errors) == 4 and errors[0] != "–", cells
+        assert len(errors) == 6 and errors[0] != "–", cells
         assert (errors[2] == "–") == (cells[1 + NAMES.index("method")] == "none"), cells
-        assert all(e == "–" or float(e) <= TOLERANCE for e in errors), cells
+        assert all(e == "–" or float(e) <= TOLERANCE for e in errors[:4]), cells
+        for both in errors[4:]:
+            ours, theirs = map(float, both.split(" / "))
+            assert 0 < theirs and ours <= BF16_ROW * bf16_limit(theirs), cells
+
+
+def test_matrix_table_of_values_is_within_tolerance_in_bf16():
+    text = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8").split(SAMPLE_BEGIN)[1]
+    lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith(tuple(f"| {n} |" for n in NAMES))]
+    assert [(c[0], c[1]) for c in lines] == [(n, v) for n in NAMES for v in FACTORS[n]]
+    for cells in lines:
+        assert float(cells[3]) <= TOLERANCE and float(cells[4]) <= TOLERANCE
+        for both in cells[6:8]:
+            ours, theirs = map(float, both.split(" / "))
+            assert ours <= bf16_limit(theirs), cells
 
 
 def test_matrix_sample_holds_every_value():
@@ -50,8 +64,12 @@ def test_matrix_sample_holds_every_value():
 def test_matrix_row_live(place, tmp_path):
     need_program("SPURIOND")
     need_torch()
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        missing(f"needs the Python package gguf ({error})")
     number = sample(rows(), LIVE)[place]
     errors, problems = judge_row(rows()[number], number, tmp_path)
     print(number, rows()[number], errors)
     assert not problems, f"row {number} {rows()[number]}: {problems[:6]}"
-    assert errors["reward"] is not None and errors["activation"] is not None
+    assert errors["reward"] is not None and errors["activation"] is not None and len(errors["bf16"]) == 3
