@@ -54,7 +54,11 @@ def contest_table(works: dict, results: dict) -> list[str]:
 
 
 def contest_words(works: dict, results: dict) -> list[str]:
-    out = ["", "Shapes are (prompt, completion, group) in tokens; tokens/s counts the prompt with every completion. *in products*: share of matrix "
+    newest = max(r["machine"]["when_s"] for r in results.values())
+    older = [f"{works[n].title()}: {r['machine']['when']}, Spurion {r['machine']['commit']}, load {r['machine']['load']:.1f}"
+             for n, r in results.items() if r["machine"]["when_s"] < newest]
+    out = ["", "In runs of their own: " + "; ".join(older) + "."] if older else []
+    out += ["", "Shapes are (prompt, completion, group) in tokens; tokens/s counts the prompt with every completion. *in products*: share of matrix "
            "products in the contestant's own time (PyTorch's profiler; `--profile`, with the SAE's encoder). *bare linear layers*: the linear layers "
            "that the expert runs, forward and dX, and its encoder, in PyTorch, with nothing between them. *(n of m)*: n of each group's m members "
            "were run in a round and the time scaled; these contestants share nothing between members."]

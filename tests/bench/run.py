@@ -8,7 +8,7 @@ Parts: contest   six workloads against PyTorch + transformers + sae_lens (peers.
        roofline  `judge --profile` by op class against oneDNN's own rate at the same shapes and copy bandwidth
        curves    time of a completion token against sequence length, SAE width, number of SAEs, group size
        load      the daemon's throughput against the engine's own, and verdict latency under Poisson arrivals
-OUT/report.md holds the tables, OUT/report.json the raw numbers (parts that are not run again are kept), OUT/*.png the pictures.
+OUT/report.md holds the tables, OUT/report.json the raw numbers (parts and workloads that are not run again are kept), OUT/*.png the pictures.
 Two threads for everyone. Needs an idle machine, about 10 GB of memory and 3 GB in DIR; --tiny needs neither, and measures nothing.
 """
 
@@ -41,7 +41,7 @@ def machine() -> dict:
     names = [row.split(":", 1)[1].strip() for row in Path("/proc/cpuinfo").read_text().splitlines() if row.startswith("model name")]
     commit = subprocess.run(["git", "-C", str(case.HERE), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False).stdout.strip()
     return {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0], "commit": commit or "unknown",
-            "when": time.strftime("%Y-%m-%d"), "python": platform.python_version(),
+            "when": time.strftime("%Y-%m-%d"), "when_s": int(time.time()), "python": platform.python_version(),
             **{p: importlib.metadata.version(p.replace("_", "-")) for p in ("torch", "transformers", "sae_lens")}}
 
 
@@ -82,6 +82,10 @@ def main() -> int:
             "curves": lambda: curves.run(context, few), "load": lambda: load.run(context, few)}
 
     def keep(part: str, found: dict) -> Path:
+        if part == "contest":  # what was not run again stays, with its own machine
+            found = {name: {**result, "machine": before} for name, result in found.items()}
+            both = {**data["parts"].get(part, {}), **found}
+            found = {w.name: both[w.name] for w in case.workloads(args.tiny) if w.name in both}
         data["parts"][part], data["machines"][part] = found, before
         raw.write_text(json.dumps(data, indent=1) + "\n")
         return report.write(args.out, data)

@@ -50,6 +50,16 @@ def test_parts_run_alone_and_keep_the_others(work, tmp_path):
     assert set(json.loads((tmp_path / "report.json").read_text())["parts"]) == {"from", "roofline"}
 
 
+def test_workloads_run_alone_and_keep_the_others(work, tmp_path):
+    for name in ("reward_256_256_8", "attr_256_256_8"):
+        done = run(work, tmp_path, "--parts", "contest", "--workloads", name)
+        assert done.returncode == 0, done.stderr[-3000:]
+    contest = json.loads((tmp_path / "report.json").read_text())["parts"]["contest"]
+    assert list(contest) == ["attr_256_256_8", "reward_256_256_8"]
+    assert contest["reward_256_256_8"]["machine"]["when_s"] < contest["attr_256_256_8"]["machine"]["when_s"]
+    assert "In runs of their own: reward only" in (tmp_path / "report.md").read_text()
+
+
 def test_a_contestant_with_other_results_is_refused():
     import contest
 
