@@ -10,9 +10,9 @@ static __device__ inline float act(float x, float *slope, spurion_act_kind kind)
     float g, x2 = x * x;
     switch (kind) {
     case SPURION_ACT_GELU_TANH:
-        g = tanhf(SQRT_2_OVER_PI * x * (1.0f + GELU_CUBE * x2));
-        *slope = 0.5f * (1.0f + g) + 0.5f * x * (1.0f - g * g) * (SQRT_2_OVER_PI * (1.0f + 3.0f * GELU_CUBE * x2));
-        return 0.5f * x * (1.0f + g);
+        g = 1.0f / (1.0f + expf(-2.0f * SQRT_2_OVER_PI * x * (1.0f + GELU_CUBE * x2))); /* (1 + tanh u) / 2 = 1 / (1 + exp(-2 u)) */
+        *slope = g + x * g * (1.0f - g) * (2.0f * SQRT_2_OVER_PI * (1.0f + 3.0f * GELU_CUBE * x2));
+        return x * g;
     case SPURION_ACT_GELU_ERF:
         g = erff(x * 0.707106781186547524f);
         *slope = 0.5f * (1.0f + g) + x * expf(-0.5f * x2) * 0.398942280401432678f;
@@ -39,10 +39,10 @@ typedef struct act_args {
 static __global__ void act_kernel(act_args a)
 {
     int quads = (a.F + 3) / 4;
-    int64_t item = spurion_item();
-    size_t t = (size_t)(item / quads), F = (size_t)a.F;
-    int c = (int)(item % quads) * 4, n = a.F - c;
-    if (t >= (size_t)a.T) {
+    spurion_place p = spurion_place_of(quads);
+    size_t t = (size_t)p.row, F = (size_t)a.F;
+    int c = 4 * p.quad, n = a.F - c;
+    if (p.row >= a.T) {
         return;
     }
     const float *pre = a.pre + t * F * (a.gated ? 2 : 1) + (size_t)c;
@@ -60,10 +60,10 @@ static __global__ void act_kernel(act_args a)
 static __global__ void act_back_kernel(act_args a)
 {
     int quads = (a.F + 3) / 4;
-    int64_t item = spurion_item();
-    size_t t = (size_t)(item / quads), F = (size_t)a.F;
-    int c = (int)(item % quads) * 4, n = a.F - c;
-    if (t >= (size_t)a.T) {
+    spurion_place p = spurion_place_of(quads);
+    size_t t = (size_t)p.row, F = (size_t)a.F;
+    int c = 4 * p.quad, n = a.F - c;
+    if (p.row >= a.T) {
         return;
     }
     size_t at = t * F * (a.gated ? 2 : 1) + (size_t)c;

@@ -1,161 +1,194 @@
-/* Attention forward in bf16: FlashAttention-2's scheme (Dao 2023) over pieces. One block of four warps takes a tile of 64 queries of one head;
- * keys come in blocks of 64; products on tensor cores (mma m16n8k16), softmax in f32 along the way. The next keys are under way while the
- * softmax runs, the values while the scores are made.          Thread: engine. Memory: the device's work block; shared memory. */
+/* Attention forward in bf16: FlashAttention-2's scheme (Dao 2023) over pieces. One block of four warps takes a tile of queries of one head, a
+ * warp 32 of them (16 where a head has more than 128 dimensions: registers), so that a key from shared memory serves as many queries as
+ * there is room for. Keys come in blocks, two stages: while one is used the next is under way, and one barrier a block keeps them apart.
+ * Products on tensor cores (mma m16n8k16), softmax in f32 along the way.          Thread: engine. Memory: the device's work block; shared memory. */
 #include "kernels/cuda/attention.cuh"
 
-enum { WARPS = 4, THREADS = WARPS * SPURION_CUDA_WARP, KEY_TILES = SPURION_BLOCK / 8 };
+enum { WARPS = 4, THREADS = WARPS * SPURION_CUDA_WARP };
 
-/* What a thread keeps of its two rows, g and g + 8 of the warp's 16. */
-typedef struct running {
-    float top[2], sum[2];
-} running;
+template <int HD> struct sizes {
+    static constexpr int M = HD <= 128 ? 2 : 1;         /* runs of 16 queries of one warp */
+    static constexpr int KEYS = HD <= 80 ? 64 : 32;     /* of a block */
+    static constexpr int QUERIES = WARPS * 16 * M, TILES = KEYS / 8, COLUMNS = HD / 8;
+    static constexpr int QUERY_TILE = QUERIES * spurion_ld<HD>, KEY_TILE = KEYS * spurion_ld<HD>;
+    static constexpr size_t BYTES = (size_t)(QUERY_TILE + 4 * KEY_TILE) * sizeof(uint16_t);
+};
 
-/* Scores to weights of one block, in place; the factors for what was summed before. first: position of row 0; block: of key 0. */
-static __device__ inline void soften(float s[KEY_TILES][4], float factor[2], running *r, const spurion_attention_shape &a, int first, int block)
+/* What a thread keeps of its rows: g and g + 8 of each run of the warp's queries. */
+template <int M> struct running {
+    float top[M][2], sum[M][2];
+};
+
+/* Scores to weights 2^(score - top) of one block, in place; the factors for what was summed before. first: position of row 0; block: of key 0;
+ * masked: some query of the warp does not see some key. */
+template <int M, int TILES>
+static __device__ inline void soften(float s[M][TILES][4], float factor[M][2], running<M> *r, const spurion_attention_shape &a, int first, int block, bool masked)
 {
     int lane = (int)(threadIdx.x % SPURION_CUDA_WARP), g = lane / 4, t = lane % 4;
+    float unit = spurion_score_unit(a);
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        int i = first + g + 8 * half;
-        float top = r->top[half], sum = 0.0f;
+    for (int row = 0; row < 2 * M; row++) {
+        int m = row / 2, half = row % 2, i = first + 16 * m + g + 8 * half;
+        float top = r->top[m][half], sum = 0.0f;
 #pragma unroll
-        for (int n = 0; n < KEY_TILES; n++) {
+        for (int n = 0; n < TILES; n++) {
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                float *v = &s[n][2 * half + e];
-                *v = spurion_sees(i, block + 8 * n + 2 * t + e, a.window) ? spurion_score(*v, a) : -INFINITY;
+                float *v = &s[m][n][2 * half + e];
+                *v = a.softcap > 0.0f ? spurion_score(*v, a) : *v;
+                *v = masked && !spurion_sees(i, block + 8 * n + 2 * t + e, a.window) ? -INFINITY : *v;
                 top = fmaxf(top, *v);
             }
         }
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-        float base = top == -INFINITY ? 0.0f : top; /* nothing seen yet: every weight is 2^-inf = 0 */
+        float base = top == -INFINITY ? 0.0f : __fmul_rn(top, unit); /* nothing seen yet: every weight is 2^-inf = 0 */
 #pragma unroll
-        for (int n = 0; n < KEY_TILES; n++) {
+        for (int n = 0; n < TILES; n++) {
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                float *v = &s[n][2 * half + e];
-                *v = ptx_exp2((*v - base) * SPURION_LOG2_E);
+                float *v = &s[m][n][2 * half + e];
+                *v = ptx_exp2(fmaf(*v, unit, -base));
                 sum += *v;
             }
         }
-        factor[half] = top == r->top[half] ? 1.0f : ptx_exp2((r->top[half] - base) * SPURION_LOG2_E);
-        r->top[half] = top;
-        r->sum[half] = r->sum[half] * factor[half] + sum; /* this lane's share */
+        factor[m][half] = ptx_exp2(__fmul_rn(r->top[m][half], unit) - base); /* 1 where the top stays */
+        r->top[m][half] = top;
+        r->sum[m][half] = r->sum[m][half] * factor[m][half] + sum; /* this lane's share */
     }
 }
 
-/* acc (16, HD) = acc factor + weights . values */
-template <int HD> static __device__ inline void add_values(float acc[HD / 8][4], const float s[KEY_TILES][4], const float factor[2], const uint16_t *v)
-{
-#pragma unroll
-    for (int n = 0; n < HD / 8; n++) {
-        acc[n][0] *= factor[0], acc[n][1] *= factor[0], acc[n][2] *= factor[1], acc[n][3] *= factor[1];
-    }
-#pragma unroll
-    for (int k = 0; k < SPURION_BLOCK / 16; k++) { /* a score's place as a result is its place as an input */
-        uint32_t a[4] = {ptx_bf16_pair(s[2 * k][0], s[2 * k][1]), ptx_bf16_pair(s[2 * k][2], s[2 * k][3]), ptx_bf16_pair(s[2 * k + 1][0], s[2 * k + 1][1]),
-                         ptx_bf16_pair(s[2 * k + 1][2], s[2 * k + 1][3])};
-        spurion_mma_rows<HD / 8, HD + 8>(acc, a, v, 16 * k, 0);
-    }
-}
-
-/* Values over their sums, and lse, to the rows that the seq has. */
+/* acc = acc factor + weights . values */
 template <int HD>
-static __device__ inline void write_rows(const float acc[HD / 8][4], const running *r, const spurion_attention_args &a, const spurion_seq *s, int head, int first)
+static __device__ inline void add_values(float acc[sizes<HD>::M][sizes<HD>::COLUMNS][4], const float s[sizes<HD>::M][sizes<HD>::TILES][4],
+                                         const float factor[sizes<HD>::M][2], const uint16_t *v)
 {
-    int lane = (int)(threadIdx.x % SPURION_CUDA_WARP), g = lane / 4, t = lane % 4, hd = a.shape.head_dim;
+    constexpr int M = sizes<HD>::M;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        int i = first + g + 8 * half;
-        float sum = r->sum[half];
+    for (int m = 0; m < M; m++) {
+#pragma unroll
+        for (int n = 0; n < sizes<HD>::COLUMNS; n++) {
+            acc[m][n][0] *= factor[m][0], acc[m][n][1] *= factor[m][0], acc[m][n][2] *= factor[m][1], acc[m][n][3] *= factor[m][1];
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < sizes<HD>::KEYS / 16; k++) {
+        uint32_t a[M][4];
+        spurion_as_factor<M, sizes<HD>::TILES>(a, s, k);
+        spurion_mma_rows<HD, M, sizes<HD>::COLUMNS>(acc, a, v, 16 * k, 0);
+    }
+}
+
+/* Values over their sums to the warp's own rows of the tile of queries, which only this warp reads; and lse. */
+template <int HD>
+static __device__ inline void finish_rows(uint16_t *tile, const float acc[sizes<HD>::M][sizes<HD>::COLUMNS][4], const running<sizes<HD>::M> *r,
+                                          const spurion_attention_args &a, const spurion_seq *s, int head, int start, int warp_row)
+{
+    int lane = (int)(threadIdx.x % SPURION_CUDA_WARP), g = lane / 4, t = lane % 4;
+    __syncwarp(); /* the queries have been used */
+#pragma unroll
+    for (int row = 0; row < 2 * sizes<HD>::M; row++) {
+        int m = row / 2, half = row % 2, at = warp_row + 16 * m + g + 8 * half;
+        float sum = r->sum[m][half];
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        if (!spurion_has_query(s, i)) {
+#pragma unroll
+        for (int n = 0; n < sizes<HD>::COLUMNS; n++) {
+            uint32_t pair = ptx_bf16_pair(acc[m][n][2 * half] / sum, acc[m][n][2 * half + 1] / sum);
+            *(uint32_t *)(void *)(tile + at * spurion_ld<HD> + 8 * n + 2 * t) = pair;
+        }
+        if (t == 0 && spurion_has_query(s, start + at)) {
+            size_t to = (size_t)spurion_query_row(s, start + at) * (size_t)a.shape.heads + (size_t)head;
+            a.lse_out[to] = r->top[m][half] * (spurion_score_unit(a.shape) / SPURION_LOG2_E) + logf(sum);
+        }
+    }
+    __syncwarp();
+}
+
+/* The warp's rows of the tile to the rows that the seq has, 16 bytes at a time where they are whole. */
+template <int HD>
+static __device__ inline void write_rows(const uint16_t *tile, const spurion_attention_args &a, const spurion_seq *s, int head, int start, int warp_row)
+{
+    constexpr int RUNS = HD / 8;
+    int hd = a.shape.head_dim;
+    for (int n = (int)(threadIdx.x % SPURION_CUDA_WARP); n < 16 * sizes<HD>::M * RUNS; n += SPURION_CUDA_WARP) {
+        int r = warp_row + n / RUNS, c = n % RUNS * 8;
+        if (c >= hd || !spurion_has_query(s, start + r)) {
             continue;
         }
-        size_t row = (size_t)spurion_query_row(s, i);
-        uint16_t *out = (uint16_t *)a.out_act + row * a.q_stride + (size_t)head * (size_t)hd;
-#pragma unroll
-        for (int n = 0; n < HD / 8; n++) {
-            int c = 8 * n + 2 * t;
-            uint32_t pair = ptx_bf16_pair(acc[n][2 * half] / sum, acc[n][2 * half + 1] / sum);
-            if (a.whole && c < hd) {
-                *(uint32_t *)(void *)(out + c) = pair;
-            } else if (c < hd) {
-                out[c] = (uint16_t)(pair & 0xffffu);
-                if (c + 1 < hd) {
-                    out[c + 1] = (uint16_t)(pair >> 16);
-                }
+        const uint16_t *from = tile + r * spurion_ld<HD> + c;
+        uint16_t *to = (uint16_t *)a.out_act + (size_t)spurion_query_row(s, start + r) * a.q_stride + (size_t)head * (size_t)hd + (size_t)c;
+        if (a.whole) {
+            *(uint4 *)(void *)to = *(const uint4 *)(const void *)from;
+        } else {
+            for (int i = 0; i < 8 && c + i < hd; i++) {
+                to[i] = from[i];
             }
-        }
-        if (t == 0) {
-            a.lse_out[row * (size_t)a.shape.heads + (size_t)head] = r->top[half] + logf(sum);
         }
     }
 }
 
 template <int HD> static __global__ void __launch_bounds__(THREADS) forward_kernel(spurion_attention_args a)
 {
-    constexpr int LD = HD + 8;
+    typedef sizes<HD> z;
     SPURION_CUDA_SHARED(shared);
-    uint16_t *q = (uint16_t *)(void *)shared, *k = q + SPURION_BLOCK * LD, *v = k + SPURION_BLOCK * LD;
-    const spurion_item_t item = a.work.tiles[a.work.tile_count - 1 - (int)blockIdx.x]; /* the longest of a seq first */
+    uint16_t *q = (uint16_t *)(void *)shared, *k = q + z::QUERY_TILE, *v = k + 2 * z::KEY_TILE; /* two stages each */
+    const spurion_item_t item = a.work.tiles[a.work.tile_count - 1 - (int)blockIdx.x];          /* the longest of a seq first */
     const spurion_seq *s = &a.work.seqs[item.seq];
-    int head = (int)blockIdx.y, hd = a.shape.head_dim, warp_row = (int)(threadIdx.x / SPURION_CUDA_WARP) * 16, end = spurion_seq_end(s);
-    size_t kv_column = (size_t)(head / a.group) * (size_t)hd;
-    const uint16_t *keys = (const uint16_t *)a.k + kv_column, *values = (const uint16_t *)a.v + kv_column;
-    int begin = spurion_first_key(spurion_tile_first(s, item.start), a.shape.window) / SPURION_BLOCK * SPURION_BLOCK;
-    int last = spurion_tile_last(s, item.start, SPURION_BLOCK);
-    float acc[HD / 8][4], scores[KEY_TILES][4], factor[2];
-    running r = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
+    int head = (int)blockIdx.y, warp_row = (int)(threadIdx.x / SPURION_CUDA_WARP) * 16 * z::M, first = item.start + warp_row, start = item.start;
+    int block = spurion_first_key(spurion_tile_first(s, start), a.shape.window) / z::KEYS * z::KEYS, last = spurion_tile_last(s, start, z::QUERIES);
+    float acc[z::M][z::COLUMNS][4], scores[z::M][z::TILES][4], factor[z::M][2];
+    running<z::M> r;
 
+    spurion_clear<z::M, z::COLUMNS>(acc);
 #pragma unroll
-    for (int n = 0; n < HD / 8; n++) {
-        acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.0f;
+    for (int m = 0; m < z::M; m++) {
+        r.top[m][0] = r.top[m][1] = -INFINITY;
+        r.sum[m][0] = r.sum[m][1] = 0.0f;
     }
-    spurion_load_tile<HD, THREADS>(q, (const uint16_t *)a.q + (size_t)head * (size_t)hd, a.q_stride, hd, a.whole,
-                                   [=](int n) { return spurion_has_query(s, item.start + n) ? spurion_query_row(s, item.start + n) : -1; });
-    spurion_load_tile<HD, THREADS>(k, keys, a.kv_stride, hd, a.whole, [=](int n) { return begin + n < end ? spurion_key_row(s, begin + n) : -1; });
+    spurion_load_tile<HD, z::QUERIES, THREADS>(q, (const uint16_t *)a.q + (size_t)head * (size_t)a.shape.head_dim, a.q_stride, a.shape.head_dim, a.whole,
+                                               [=](int n) { return spurion_has_query(s, start + n) ? spurion_query_row(s, start + n) : -1; });
+    spurion_load_keys<HD, z::KEYS, THREADS>(k, v, a, s, block, head / a.group);
     ptx_copy_commit();
-    for (int block = begin; block <= last; block += SPURION_BLOCK) {
+    for (int stage = 0; block <= last; block += z::KEYS, stage ^= 1) {
         ptx_copy_wait<0>();
-        __syncthreads(); /* keys (and queries) are there; the previous block's values have been used */
-        spurion_load_tile<HD, THREADS>(v, values, a.kv_stride, hd, a.whole, [=](int n) { return block + n < end ? spurion_key_row(s, block + n) : -1; });
-        ptx_copy_commit();
-        spurion_mma_scores<HD, KEY_TILES>(scores, q, warp_row, k, 0);
-        __syncthreads(); /* the keys have been used */
-        int next = block + SPURION_BLOCK;
-        if (next <= last) {
-            spurion_load_tile<HD, THREADS>(k, keys, a.kv_stride, hd, a.whole, [=](int n) { return next + n < end ? spurion_key_row(s, next + n) : -1; });
+        __syncthreads(); /* this block (and the queries) are there; the other stage has been used */
+        if (block + z::KEYS <= last) {
+            spurion_load_keys<HD, z::KEYS, THREADS>(k + (stage ^ 1) * z::KEY_TILE, v + (stage ^ 1) * z::KEY_TILE, a, s, block + z::KEYS, head / a.group);
         }
         ptx_copy_commit();
-        soften(scores, factor, &r, a.shape, item.start + warp_row, block);
-        ptx_copy_wait<1>();
-        __syncthreads(); /* the values are there; the next keys may still be under way */
-        add_values<HD>(acc, scores, factor, v);
+        if (!spurion_run_sees(s, first, 16 * z::M, block, z::KEYS, a.shape.window)) {
+            continue; /* the whole warp */
+        }
+        spurion_mma_scores<HD, z::M, z::TILES>(scores, q, warp_row, k + stage * z::KEY_TILE, 0);
+        soften<z::M, z::TILES>(scores, factor, &r, a.shape, first, block, spurion_run_masked(first, 16 * z::M, block, z::KEYS, a.shape.window));
+        add_values<HD>(acc, scores, factor, v + stage * z::KEY_TILE);
     }
     ptx_copy_wait<0>();
-    write_rows<HD>(acc, &r, a, s, head, item.start + warp_row);
+    finish_rows<HD>(q, acc, &r, a, s, head, start, warp_row);
+    write_rows<HD>(q, a, s, head, start, warp_row);
 }
 
-template <int HD> static spurion_status forward(spurion_cuda *cuda, const spurion_attention_args *a)
+template <int HD> static spurion_status forward(spurion_cuda *cuda, spurion_attention_args *a, const spurion_seq *seqs, int seq_count)
 {
-    size_t bytes = 3 * (size_t)SPURION_BLOCK * (HD + 8) * sizeof(uint16_t);
+    size_t bytes = sizes<HD>::BYTES;
     SPURION_CUDA_DO(spurion_attention_allow(cuda, forward_kernel<HD>, bytes, HD));
-    SPURION_CUDA(cuda, spurion_cuda_launch(cuda, forward_kernel<HD>, dim3((unsigned)a->work.tile_count, (unsigned)a->shape.heads), THREADS, bytes, *a));
+    SPURION_CUDA_DO(spurion_attention_work(&a->work, cuda, seqs, seq_count, a->shape.heads, sizes<HD>::QUERIES, 0));
+    if (a->work.tile_count > 0) {
+        SPURION_CUDA(cuda, spurion_cuda_launch(cuda, forward_kernel<HD>, dim3((unsigned)a->work.tile_count, (unsigned)a->shape.heads), THREADS, bytes, *a));
+    }
     return spurion_ok();
 }
 
-static spurion_status forward_bf16(spurion_cuda *cuda, const spurion_attention_args *a)
+static spurion_status forward_bf16(spurion_cuda *cuda, spurion_attention_args *a, const spurion_seq *seqs, int seq_count)
 {
     int hd = a->shape.head_dim;
-    return hd <= 64    ? forward<64>(cuda, a)
-           : hd <= 80  ? forward<80>(cuda, a)
-           : hd <= 96  ? forward<96>(cuda, a)
-           : hd <= 128 ? forward<128>(cuda, a)
-           : hd <= 192 ? forward<192>(cuda, a)
-                       : forward<256>(cuda, a);
+    return hd <= 64    ? forward<64>(cuda, a, seqs, seq_count)
+           : hd <= 80  ? forward<80>(cuda, a, seqs, seq_count)
+           : hd <= 96  ? forward<96>(cuda, a, seqs, seq_count)
+           : hd <= 128 ? forward<128>(cuda, a, seqs, seq_count)
+           : hd <= 192 ? forward<192>(cuda, a, seqs, seq_count)
+                       : forward<256>(cuda, a, seqs, seq_count);
 }
 
 extern "C" spurion_status spurion_cuda_attention(spurion_dev *dev, void *out, float *lse, const void *q, const void *k, const void *v,
@@ -166,7 +199,6 @@ extern "C" spurion_status spurion_cuda_attention(spurion_dev *dev, void *out, fl
     SPURION_CUDA_DO(spurion_cuda_begin(cuda));
     bool narrow = dev->dtype == SPURION_BF16;
     spurion_attention_args a = {};
-    SPURION_CUDA_DO(spurion_attention_work(&a.work, cuda, seqs, seq_count, shape.heads, narrow ? SPURION_BLOCK : SPURION_F32_TILE, 0));
     a.shape = shape;
     a.group = shape.heads / shape.kv_heads;
     a.q = q, a.k = k, a.v = v, a.out_act = out, a.lse_out = lse;
@@ -175,9 +207,7 @@ extern "C" spurion_status spurion_cuda_attention(spurion_dev *dev, void *out, fl
     a.whole = shape.head_dim % 8 == 0 && spurion_cuda_aligned(q, 16) && spurion_cuda_aligned(k, 16) && spurion_cuda_aligned(v, 16) &&
               spurion_cuda_aligned(out, 16);
     a.dtype = dev->dtype;
-    if (a.work.tile_count > 0) {
-        SPURION_CUDA_DO(narrow ? forward_bf16(cuda, &a) : spurion_attention_f32(cuda, &a));
-    }
+    SPURION_CUDA_DO(narrow ? forward_bf16(cuda, &a, seqs, seq_count) : spurion_attention_f32(cuda, &a, seqs, seq_count));
     double pairs = spurion_attention_pairs(seqs, seq_count, shape.window) * shape.heads;
     return spurion_cuda_end(cuda, SPURION_CLASS_ATTENTION, 4 * pairs * shape.head_dim,
                             pairs / SPURION_BLOCK * 2 * shape.head_dim * (double)spurion_dtype_bytes(dev->dtype));

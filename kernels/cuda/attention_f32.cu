@@ -109,11 +109,14 @@ static __global__ void __launch_bounds__(THREADS) forward_kernel(spurion_attenti
     }
 }
 
-spurion_status spurion_attention_f32(spurion_cuda *cuda, const spurion_attention_args *a)
+spurion_status spurion_attention_f32(spurion_cuda *cuda, spurion_attention_args *a, const spurion_seq *seqs, int seq_count)
 {
     size_t ld = (size_t)a->shape.head_dim + 1, bytes = ((ROWS + KEYS) * ld + ROWS * (KEYS + 1)) * sizeof(float);
     SPURION_CUDA_DO(spurion_attention_allow(cuda, forward_kernel, bytes, a->shape.head_dim));
-    SPURION_CUDA(cuda, spurion_cuda_launch(cuda, forward_kernel, dim3((unsigned)a->work.tile_count, (unsigned)a->shape.heads), THREADS, bytes, *a));
+    SPURION_CUDA_DO(spurion_attention_work(&a->work, cuda, seqs, seq_count, a->shape.heads, ROWS, 0));
+    if (a->work.tile_count > 0) {
+        SPURION_CUDA(cuda, spurion_cuda_launch(cuda, forward_kernel, dim3((unsigned)a->work.tile_count, (unsigned)a->shape.heads), THREADS, bytes, *a));
+    }
     return spurion_ok();
 }
 
@@ -139,7 +142,7 @@ static __device__ inline back_tiles place(unsigned char *shared, int hd)
     return m;
 }
 
-static __device__ inline void load_queries(const back_tiles &m, const spurion_attention_args &a, const spurion_seq *s, int start, int tile, int head)
+static __device__ inline void load_queries(const back_tiles &m, const spurion_attention_args &a, const spurion_seq *s, spurion_item_t item, int start, int head)
 {
     int hd = a.shape.head_dim;
     size_t column = (size_t)head * (size_t)hd;
@@ -149,7 +152,7 @@ static __device__ inline void load_queries(const back_tiles &m, const spurion_at
     if (threadIdx.x < BACK) {
         int r = (int)threadIdx.x, row = row_of(r);
         m.lse[r] = row < 0 ? 0.0f : a.lse[(size_t)row * (size_t)a.shape.heads + (size_t)head];
-        m.delta[r] = a.work.delta[((size_t)tile * BACK + (size_t)r) * (size_t)a.shape.heads + (size_t)head];
+        m.delta[r] = row < 0 ? 0.0f : a.work.delta[spurion_delta_at(s, item, start + r, a.shape.heads, head)];
     }
 }
 
@@ -187,17 +190,17 @@ static __global__ void __launch_bounds__(THREADS) keys_kernel(spurion_attention_
     const back_tiles m = place(shared, hd);
     const spurion_item_t item = a.work.blocks[blockIdx.x];
     const spurion_seq *s = &a.work.seqs[item.seq];
-    int block = item.start, end = spurion_seq_end(s), tile = item.first_tile, key = block + j;
+    int block = item.start, end = spurion_seq_end(s), key = block + j;
     float dk[BACK_COLUMNS] = {0}, dv[BACK_COLUMNS] = {0};
 
     load_keys(m, a, s, block, kv_head);
-    for (int start = s->q_position / BACK * BACK; start < end; start += BACK, tile++) {
+    for (int start = s->q_position / BACK * BACK; start < end; start += BACK) {
         if (!spurion_tile_sees(s, start, BACK, block, BACK, a.shape.window)) {
             continue;
         }
         for (int head = kv_head * a.group; head < (kv_head + 1) * a.group; head++) {
             __syncthreads(); /* the previous queries have been used */
-            load_queries(m, a, s, start, tile, head);
+            load_queries(m, a, s, item, start, head);
             __syncthreads();
             score_gradients(m, a, s, start, block);
             __syncthreads();
@@ -228,13 +231,12 @@ static __global__ void __launch_bounds__(THREADS) queries_kernel(spurion_attenti
     SPURION_CUDA_SHARED(shared);
     int hd = a.shape.head_dim, ld = hd + 1, head = (int)blockIdx.y, r = (int)threadIdx.x / BACK_LANES, lane = (int)threadIdx.x % BACK_LANES;
     const back_tiles m = place(shared, hd);
-    int tile = a.work.tile_count - 1 - (int)blockIdx.x;
-    const spurion_item_t item = a.work.tiles[tile];
+    const spurion_item_t item = a.work.tiles[a.work.tile_count - 1 - (int)blockIdx.x];
     const spurion_seq *s = &a.work.seqs[item.seq];
     int start = item.start, last = spurion_tile_last(s, start, BACK);
     float dq[BACK_COLUMNS] = {0};
 
-    load_queries(m, a, s, start, tile, head);
+    load_queries(m, a, s, item, start, head);
     for (int block = spurion_first_key(spurion_tile_first(s, start), a.shape.window) / BACK * BACK; block <= last; block += BACK) {
         __syncthreads(); /* the previous keys have been used */
         load_keys(m, a, s, block, head / a.group);

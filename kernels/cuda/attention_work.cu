@@ -41,12 +41,12 @@ static spurion_status flush(list *l)
     return spurion_ok();
 }
 
-static spurion_status push(list *l, int seq, int start, int first_tile)
+static spurion_status push(list *l, int seq, int start, int before)
 {
     if (l->held == BATCH) {
         SPURION_CUDA_DO(flush(l));
     }
-    l->items[l->held++] = spurion_item_t{seq, start, first_tile, 0};
+    l->items[l->held++] = spurion_item_t{seq, start, before, 0};
     l->count++;
     return spurion_ok();
 }
@@ -54,18 +54,18 @@ static spurion_status push(list *l, int seq, int start, int first_tile)
 /* tiles: all tiles of queries; blocks: key blocks with a position >= dkv_position. */
 static spurion_status fill(list *tiles, list *blocks, const spurion_seq *seqs, int seq_count, int tile, int keys)
 {
-    for (int s = 0; s < seq_count; s++) {
+    for (int s = 0, before = 0; s < seq_count; s++) {
         const spurion_seq *q = &seqs[s];
-        int first_tile = tiles->count;
         if (q->q_count <= 0) {
             continue;
         }
         for (int start = q->q_position / tile * tile; start < spurion_seq_end(q); start += tile) {
-            SPURION_CUDA_DO(push(tiles, s, start, 0));
+            SPURION_CUDA_DO(push(tiles, s, start, before));
         }
         for (int block = keys > 0 ? q->dkv_position / keys * keys : spurion_seq_end(q); block < spurion_seq_end(q); block += keys) {
-            SPURION_CUDA_DO(push(blocks, s, block, first_tile));
+            SPURION_CUDA_DO(push(blocks, s, block, before));
         }
+        before += q->q_count;
     }
     SPURION_CUDA_DO(flush(tiles));
     return flush(blocks);
@@ -78,7 +78,11 @@ spurion_status spurion_attention_work(spurion_work *out, spurion_cuda *cuda, con
     size_t seq_bytes = spurion_cuda_round_up((size_t)seq_count * sizeof *seqs, 256);
     size_t tile_bytes = spurion_cuda_round_up((size_t)tiles.count * sizeof(spurion_item_t), 256);
     size_t block_bytes = spurion_cuda_round_up((size_t)blocks.count * sizeof(spurion_item_t), 256);
-    size_t delta_bytes = keys > 0 ? (size_t)tiles.count * (size_t)tile * (size_t)heads * sizeof(float) : 0;
+    size_t queries = 0;
+    for (int s = 0; s < seq_count; s++) {
+        queries += seqs[s].q_count > 0 ? (size_t)seqs[s].q_count : 0;
+    }
+    size_t delta_bytes = keys > 0 ? queries * (size_t)heads * sizeof(float) : 0;
     SPURION_CUDA_DO(spurion_cuda_reserve(cuda, &cuda->work, seq_bytes + tile_bytes + block_bytes + delta_bytes + 256));
     char *base = (char *)cuda->work.p;
     *out = spurion_work{(const spurion_seq *)(void *)base, (const spurion_item_t *)(void *)(base + seq_bytes),

@@ -4,11 +4,10 @@
 /* (row, first column) of a thread's four elements; false past the end. */
 static __device__ inline bool place4(int64_t *row, int *column, int T, int C)
 {
-    int quads = (C + 3) / 4;
-    int64_t item = spurion_item();
-    *row = item / quads;
-    *column = (int)(item % quads) * 4;
-    return *row < T;
+    spurion_place p = spurion_place_of((C + 3) / 4);
+    *row = p.row;
+    *column = 4 * p.quad;
+    return p.row < T;
 }
 
 static dim3 grid4(int T, int C)

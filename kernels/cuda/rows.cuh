@@ -128,4 +128,21 @@ static __device__ inline int64_t spurion_item(void)
     return (int64_t)blockIdx.x * SPURION_CUDA_THREADS + threadIdx.x;
 }
 
+/* (row, quad) of a thread's item where each row has `quads` of them. A division of 64 bits costs more than moving four elements does, so it is
+ * made only where 32 do not hold the item. */
+struct spurion_place {
+    int64_t row;
+    int quad;
+};
+
+static __device__ inline spurion_place spurion_place_of(int quads)
+{
+    int64_t item = spurion_item();
+    if (item <= 0xffffffffll) {
+        uint32_t small = (uint32_t)item, row = small / (uint32_t)quads;
+        return {(int64_t)row, (int)(small - row * (uint32_t)quads)};
+    }
+    return {item / quads, (int)(item % quads)};
+}
+
 #endif

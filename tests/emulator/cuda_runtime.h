@@ -6,6 +6,7 @@
  *   SPURION_EMULATOR_ORDER=N   the order in which a block's threads run: 0 ascending (default), 1 descending, else shuffled by N
  *   SPURION_EMULATOR_FAIL=FILE  once FILE exists the next kernel fails with an illegal address, and everything after it
  *   SPURION_EMULATOR_MIB=N     memory of the device (default 4096)
+ *   SPURION_EMULATOR_SHARED_KIB=N  shared memory that one block may have (default 227, as sm_90; sm_80 has 163)
  *   SPURION_EMULATOR_WAITS=FILE  holds how often a stream was waited for
  * Thread: one host thread at a time. Memory: mapped per allocation, with a guard page behind each. */
 #ifndef SPURION_EMULATOR_CUDA_RUNTIME_H
@@ -88,6 +89,7 @@ static inline unsigned __ballot_sync(unsigned, int p)
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 static inline unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
 static inline float __uint_as_float(unsigned u) { float x; memcpy(&x, &u, 4); return x; }
+static inline float __fmul_rn(float a, float b) { return a * b; } /* never part of a multiply-add */
 static inline int atomicAdd(int *p, int v) { int old = *p; *p += v; return old; }
 template <typename T> static inline T __ldg(const T *p) { return *p; }
 

@@ -246,6 +246,11 @@ size_t device_bytes()
     return (size_t)environment("SPURION_EMULATOR_MIB", 4096) << 20;
 }
 
+size_t shared_max()
+{
+    return (size_t)environment("SPURION_EMULATOR_SHARED_KIB", 227) << 10;
+}
+
 } // namespace
 
 struct emulated_stream { int unused; };
@@ -382,7 +387,7 @@ cudaError_t emulated_launch(const void *kernel, dim3 grid, dim3 block, size_t sh
 
 cudaError_t emulated_shared_allow(const void *kernel, int bytes)
 {
-    if (bytes > 227 << 10) {
+    if ((size_t)bytes > shared_max()) {
         return cudaErrorInvalidValue;
     }
     shared_allowed[kernel] = bytes;
@@ -409,7 +414,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *prop, int device)
     std::snprintf(prop->name, sizeof prop->name, "emulated on a CPU");
     prop->major = 9;
     prop->multiProcessorCount = 4;
-    prop->sharedMemPerBlockOptin = 227 << 10;
+    prop->sharedMemPerBlockOptin = shared_max();
     prop->totalGlobalMem = device_bytes();
     return sticky;
 }
