@@ -21,6 +21,7 @@ make() { # NAME IMPORT STEP... : each step is one pip install
 }
 
 make trl 'import trl' 'trl==1.16.0'
+make trl_ppo 'import trl.experimental.ppo' 'trl==1.12.0' # the last one that has PPO
 make openrlhf 'from openrlhf.utils.agent import SingleTurnAgentExecutor' '--no-deps openrlhf==0.11.0' \
     'transformers==5.15.0 aiohttp ray==2.55.0 pylatexenc peft optree'
 make verl 'from verl.experimental.reward_loop.reward_loop import RewardLoopWorker' '--no-deps verl==0.9.0' \

@@ -303,7 +303,8 @@ def _agree(mine: bool) -> bool:
 
 def reward_model(addr: str | None = None, *, run: str, response_length: int, reward: str = "clean", attempt: int | None = None,
                  timeout: float = ON_ERROR["wait"], **options: Any) -> Any:
-    """A reward-model object for trainers that take only a model (TRL's PPO, until it was removed): what trl.experimental.utils.get_reward calls.
+    """A reward-model object for trainers that take only a model (TRL's PPO, until it was removed): what trl.experimental.utils.get_reward calls. Its
+    calls are counted as steps.
 
     The trainer's ids go to the daemon as they are, so the policy's tokenizer must be the reward model's. response_length: the
     trainer's own; what stands before it in a row is the prompt. Every position of a row carries the row's reward, so that it does not matter
@@ -331,7 +332,7 @@ def reward_model(addr: str | None = None, *, run: str, response_length: int, rew
             values = verdicts.counterfactual_rewards if reward == "counterfactual" else verdicts.rewards
             out = torch.tensor(values.tolist(), device=input_ids.device)
             hidden = out[:, None, None].expand(*input_ids.shape, 1)
-            return type("Output", (), {"last_hidden_state": hidden})()
+            return type("Output", (), {"last_hidden_state": hidden, "hidden_states": (hidden,)})()  # TRL read the second until 1.13
 
     class RewardModel(torch.nn.Module):
         """Looks like a sequence classifier of one label to get_reward."""
