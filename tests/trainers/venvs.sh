@@ -26,3 +26,5 @@ make openrlhf 'from openrlhf.utils.agent import SingleTurnAgentExecutor' '--no-d
     'transformers==5.15.0 aiohttp ray==2.55.0 pylatexenc peft optree'
 make verl 'from verl.experimental.reward_loop.reward_loop import RewardLoopWorker' '--no-deps verl==0.9.0' \
     'transformers==5.10.2 tensordict==0.10.0 ray==2.55.0 hydra-core codetiming aiohttp'
+# what SkyRL's generator imports; the rest of its dependencies are its trainer's
+make skyrl 'import skyrl_gym, loguru, omegaconf, hydra' '--no-deps skyrl==0.3.0 skyrl-gym==0.4.0' 'loguru hydra-core'
