@@ -28,7 +28,7 @@ export SPURION_SHARED=${SPURION_SHARED:-$here/../shared}
 
 venv=${SPURION_VENV:-$HOME/.cache/spurion/venv}
 if [ $judges = 1 ]; then
-    if ! "$venv/bin/python" -c 'import aiohttp, torch, transformers, sae_lens, dictionary_learning, tokenizers, safetensors, gguf, matplotlib, pytest, yaml' 2>/dev/null; then
+    if ! "$venv/bin/python" -c 'import aiohttp, mypy, torch, transformers, sae_lens, dictionary_learning, tokenizers, safetensors, gguf, matplotlib, pytest, yaml' 2>/dev/null; then
         echo "installing the judges into $venv"
         python3 -m venv "$venv"
         "$venv/bin/pip" install -q --disable-pip-version-check -r tests/judges.txt

@@ -22,7 +22,12 @@ _HOME = {"Rollout": "_rollout", "AsyncClient": "aio", "Client": "client", "Tap":
          **dict.fromkeys(("Alert", "Record", "Row", "Rows", "Verdict", "Verdicts"), "results"),
          **dict.fromkeys(("AlreadyExists", "DataLoss", "InvalidArgument", "NotFound", "ProtocolError", "RolloutError", "ServerBusy",
                           "SpurionError", "Timeout", "Unavailable"), "errors")}
-__all__ = [*sorted(_HOME), "__version__"]
+__all__ = ["Alert", "AlreadyExists", "AsyncClient", "Client", "DataLoss", "InvalidArgument", "NotFound", "ProtocolError", "Record", "Rollout",
+           "RolloutError", "Row", "Rows", "RunAnalysis", "ServerBusy", "SpurionError", "Tap", "Timeout", "Unavailable", "Verdict",
+           "Verdicts", "__version__"]  # written out: type checkers read no expressions
+
+
+__version__: str
 
 
 def __getattr__(name: str) -> Any:

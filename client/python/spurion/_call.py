@@ -24,6 +24,12 @@ def next_id() -> bytes:
     return struct.pack(">I", 0x80000000 | (next(_ids) & 0x7FFFFFFF))
 
 
+def once(method: str, body: Any, timeout: float) -> bytes:
+    """A packed Request of a message that is asked outside of a conversation."""
+    request = m.Request(call_id=1, method=PREFIX + method.encode(), timeout_ms=int(timeout * 1000), body=body.SerializeToString())
+    return bytes(request.SerializeToString())
+
+
 class Ask:
     """To the driver: send this request, give its reply's bytes (without the id). Raises Unavailable where the connection broke."""
 

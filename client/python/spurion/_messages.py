@@ -14,7 +14,9 @@ def _load() -> dict[str, Any]:
     files = descriptor_pb2.FileDescriptorSet.FromString(DESCRIPTOR_SET)
     for file in files.file:
         pool.Add(file) if hasattr(pool, "Add") else pool.AddSerializedFile(file.SerializeToString())
-    get = getattr(message_factory, "GetMessageClass", None) or message_factory.MessageFactory(pool).GetPrototype
+    get: Any = getattr(message_factory, "GetMessageClass", None)
+    if get is None:  # protobuf before 4.22
+        get = getattr(message_factory.MessageFactory(pool), "GetPrototype")  # noqa: B009: types of newer versions know it no more
     return {m.name: get(pool.FindMessageTypeByName(f"{file.package}.{m.name}")) for file in files.file for m in file.message_type}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +40,7 @@ class Rollout:
     text_form: str = "plain"
 
     @property
-    def key(self) -> tuple:
+    def key(self) -> tuple[str | None, int, str, str, int]:
         """(run, step, group, id, attempt)"""
         return self.run, self.step, self.group, self.id, self.attempt
 
@@ -59,7 +59,7 @@ def ids_of(value: Any, what: str) -> Sequence[int]:
 
 def pack(r: Rollout | Mapping[str, Any], run: bytes | None, out: Any) -> None:
     """Fills a message Rollout. run: of those that name none."""
-    get = r.get if isinstance(r, Mapping) else lambda k, d=None: getattr(r, k, d)
+    get: Callable[..., Any] = r.get if isinstance(r, Mapping) else lambda k, d=None: getattr(r, k, d)
     if isinstance(r, Mapping) and not r.keys() <= _KNOWN:
         raise InvalidArgument(f"rollout: expected the fields {', '.join(FIELDS)}, found {', '.join(sorted(set(r) - _KNOWN))}")
     name = get("run")

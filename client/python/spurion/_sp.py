@@ -12,6 +12,7 @@ import select
 import socket
 import struct
 import time
+from typing import Any
 
 from .errors import InvalidArgument, ProtocolError, Unavailable
 
@@ -39,7 +40,7 @@ class Address:
             raise InvalidArgument(f"address: expected ipc:///path or tcp://host:port, found {url!r}")
         self.host, self.port = host.strip("[]"), int(port)
 
-    def resolve(self) -> list[tuple]:
+    def resolve(self) -> list[tuple[Any, ...]]:
         """(family, address) of each place. Names are looked up by the system, which may wait; numbers are not."""
         if self.ipc:
             return [(socket.AF_UNIX, self.path)]
@@ -68,7 +69,7 @@ def frame_header(ipc: bool, size: int) -> bytes:
 
 def frame_length(url: str, ipc: bool, header: bytes, size_max: int) -> int:
     """Length of the message behind a header, capped before any memory is taken for it."""
-    (size,) = struct.unpack(">Q", header[1 if ipc else 0:])
+    size: int = struct.unpack(">Q", header[1 if ipc else 0:])[0]
     if (ipc and header[0] != 1) or size > size_max:
         raise ProtocolError(f"{url}: expected a message of at most {size_max} bytes, found {size}")
     return size

@@ -67,7 +67,7 @@ def shape(verdicts: Sequence[Verdict], actions: Mapping[str, str] | None = None,
     chosen = [_chosen(v, actions, weight) for v in verdicts]
     done = [name for name, _ in chosen]
     weights = np.array([w for _, w in chosen], np.float32)
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[tuple[str, int, str], list[int]] = {}
     for i, v in enumerate(verdicts):
         groups.setdefault((v.run, v.step, v.group), []).append(i)
     rewards, advantages = np.full(n, np.nan, np.float32), np.zeros(n, np.float32)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import _messages as m, results as r
 from ._sp import SUB, Address, Sp
@@ -48,7 +48,7 @@ class AlertStream:
         self._seq = self._from if self._from is not None else first.last_seq + 1
         self._fetch = self._from is not None
 
-    def _ask(self, seq: int):
+    def _ask(self, seq: int) -> Any:
         q = m.AlertsRequest(epoch=self._epoch, from_seq=seq, limit=FETCH)
         return self._client._call("Alerts", q.SerializeToString(), m.AlertsReply)
 

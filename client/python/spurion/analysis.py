@@ -166,7 +166,7 @@ class RunAnalysis:
 
     def worst(self, limit: int = 10, rule: str | None = None) -> Rows:
         """Rollouts that the spurious features paid most for (of one rule: by that rule's effect)."""
-        return self.client.query(self.run, order="effect", limit=limit, **({"rule": rule} if rule else {}))
+        return self.client.query(self.run, order="effect", limit=limit, rule=rule)
 
     def records(self, rows: Sequence[Row]) -> list[Record]:
         """The rows' records with their evidence; those that were not kept whole are left out."""

@@ -15,7 +15,7 @@ from typing import Any
 from . import _call, _messages as m, results as r
 from ._rollout import Rollout, ids_of, pack_all
 from ._sp import REQ, Address, Sp, frame_header
-from .errors import InvalidArgument, SpurionError, Unavailable
+from .errors import InvalidArgument, SpurionError, Unavailable, code_name
 from .tap import Tap, TapStats
 
 DEFAULT_RPC = "ipc://var/spurion.sock"
@@ -104,7 +104,8 @@ class Requests:
 
     @staticmethod
     def get(run: str, step: int, group: str, id: str, attempt: int) -> bytes:
-        return m.GetRequest(run=run.encode(), step=step, group=group.encode(), id=id.encode(), attempt=attempt).SerializeToString()
+        q = m.GetRequest(run=run.encode(), step=step, group=group.encode(), id=id.encode(), attempt=attempt)
+        return bytes(q.SerializeToString())
 
     @staticmethod
     def submitted(replies: list[Any], sizes: list[int]) -> r.Submitted:
@@ -112,7 +113,7 @@ class Requests:
         for reply, size in zip(replies, sizes):
             out.accepted += reply.accepted
             out.duplicates += reply.duplicates
-            out.refused += [(base + p, r.code_name(c), t.decode(errors="replace")) for p, c, t in
+            out.refused += [(base + p, code_name(c), t.decode(errors="replace")) for p, c, t in
                             zip(reply.refused, reply.refused_code, reply.refused_message)]
             base += size
         return out

@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 SUFFIXES = (".pt", ".pth", ".bin")
 GGUF = ".gguf"
@@ -27,7 +28,7 @@ class ConvertError(Exception):
     """A file that cannot be converted; the text says what was expected and found."""
 
 
-def _dtype_names(torch) -> dict:
+def _dtype_names(torch: Any) -> dict[str, Any]:
     names = {
         "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16",
         "int8": "I8", "uint8": "U8", "bool": "BOOL", "complex64": "C64", "uint16": "U16", "uint32": "U32", "uint64": "U64",
@@ -36,7 +37,7 @@ def _dtype_names(torch) -> dict:
     return {getattr(torch, name): code for name, code in names.items() if hasattr(torch, name)}
 
 
-def write_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> None:
+def write_safetensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
     """Writes tensors (name to torch tensor) as one safetensors file, by way of a temporary file and a rename.
 
     Order and padding as the safetensors library writes them: descending element size, then name; a header of a multiple of 8 bytes.
@@ -44,7 +45,7 @@ def write_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> No
     import torch
 
     names = _dtype_names(torch)
-    header: dict = {"__metadata__": metadata} if metadata else {}
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     offset = 0
     for name in order:
@@ -76,7 +77,7 @@ def write_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> No
         raise
 
 
-def _scale_biases(tensors: dict, factor: float) -> dict:
+def _scale_biases(tensors: dict[str, Any], factor: float) -> dict[str, Any]:
     """Features in raw units, as the library's scale_biases does at the end of training: every bias, and thresholds from 0 on, times
     the factor; the -1 of a threshold that was never set stays."""
     biases = {"bias", "encoder.bias", "decoder.bias", "decoder_bias", "gate_bias", "mag_bias", "b_enc", "b_dec"}
@@ -89,7 +90,7 @@ def _scale_biases(tensors: dict, factor: float) -> dict:
     return out
 
 
-def flatten(loaded, where: str) -> tuple[dict, dict[str, str]]:
+def flatten(loaded: Any, where: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Tensors and metadata of what torch.load gave: a state dict, one wrapped in `state_dict`, or a backup of dictionary_learning
     ({"step", "ae", "optimizer", "config", "norm_factor"}, which holds unscaled biases)."""
     import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 CODES = ("OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED",
          "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS",
@@ -25,7 +26,7 @@ class SpurionError(Exception):
         self.code = self.code if code is None else code
         self.retry_after_ms = retry_after_ms
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.text, self.code, self.retry_after_ms)
 
     def __str__(self) -> str:
@@ -85,13 +86,13 @@ class RolloutError(SpurionError):
 
     code = 3
 
-    def __init__(self, refused: Sequence[tuple], code: int | None = None, retry_after_ms: int = 0):
+    def __init__(self, refused: Sequence[tuple[Any, ...]], code: int | None = None, retry_after_ms: int = 0):
         self.refused = list(refused)
         first = self.refused[0]
         more = f"; and {len(self.refused) - 1} more (see .refused)" if len(self.refused) > 1 else ""
         super().__init__(f"rollout {first[0]}/{first[1]}/{first[2]}/{first[3]}: {first[4]}: {first[5]}{more}", code, retry_after_ms)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.refused, self.code, self.retry_after_ms)
 
     def __str__(self) -> str:

@@ -59,7 +59,7 @@ def write_parquet(client: Client, run: str, path: str | Path, **where: Any) -> i
 
     table = to_arrow(records(client, run, **where))
     pq.write_table(table, str(path))
-    return table.num_rows
+    return int(table.num_rows)
 
 
 def write_completions(client: Client, run: str, folder: str | Path, **where: Any) -> int:

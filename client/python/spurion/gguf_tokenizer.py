@@ -4,6 +4,8 @@ known is refused: another splitting would give other ids, and other rewards, wit
 
 from __future__ import annotations
 
+from typing import Any
+
 META = "\u2581"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token_type
 
@@ -18,11 +20,11 @@ class TokenizerError(Exception):
     """A vocabulary that cannot become a tokenizer.json; the text says what was expected and found."""
 
 
-def _byte_level(use_regex: bool) -> dict:
+def _byte_level(use_regex: bool) -> dict[str, Any]:
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
 
 
-def _split(regex: str) -> dict:
+def _split(regex: str) -> dict[str, Any]:
     split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
     return {"type": "Sequence", "pretokenizers": [split, _byte_level(False)]}
 
@@ -50,7 +52,7 @@ def byte_alphabet() -> str:
     return "".join(map(chr, own)) + "".join(chr(256 + n) for n in range(68))
 
 
-def _added(tokens: list[str], types: list[int], alphabet: set[str] | None) -> list[dict]:
+def _added(tokens: list[str], types: list[int], alphabet: set[str] | None) -> list[dict[str, Any]]:
     """Control tokens are special, user-defined ones are not; both are looked for in the raw text."""
     out = []
     for n, (content, kind) in enumerate(zip(tokens, types)):
@@ -62,44 +64,45 @@ def _added(tokens: list[str], types: list[int], alphabet: set[str] | None) -> li
     return out
 
 
-def _post_processor(fields: dict, tokens: list[str], bos_default: bool, byte_level: bool) -> dict | None:
+def _post_processor(fields: dict[str, Any], tokens: list[str], bos_default: bool, byte_level: bool) -> dict[str, Any] | None:
     """BOS before and EOS after, where the file says so (or is silent, and its kind has them)."""
     sides = {}
     for side, name, default in (("bos", "bos_token_id", bos_default), ("eos", "eos_token_id", False)):
         wanted = fields.get(f"tokenizer.ggml.add_{side}_token", default)
         number = fields.get(f"tokenizer.ggml.{name}")
-        if wanted and number is None:
+        if not wanted:
+            continue
+        if number is None:
             raise TokenizerError(f"tokenizer.ggml.{name}: expected an id, since add_{side}_token is on, found none")
-        if wanted:
-            if not 0 <= number < len(tokens):
-                raise TokenizerError(f"tokenizer.ggml.{name}: expected an id below {len(tokens)}, found {number}")
-            sides[side] = (int(number), tokens[number])
+        if not 0 <= number < len(tokens):
+            raise TokenizerError(f"tokenizer.ggml.{name}: expected an id below {len(tokens)}, found {number}")
+        sides[side] = (int(number), tokens[number])
     plain = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True} if byte_level else None
     if not sides:
         return plain
     special = {text: {"id": text, "ids": [number], "tokens": [text]} for number, text in sides.values()}
 
-    def around(sequence: str, type_id: int) -> list[dict]:
-        piece = [{"Sequence": {"id": sequence, "type_id": type_id}}]
-        before = [{"SpecialToken": {"id": sides["bos"][1], "type_id": type_id}}] if "bos" in sides else []
-        after = [{"SpecialToken": {"id": sides["eos"][1], "type_id": type_id}}] if "eos" in sides else []
+    def around(sequence: str, type_id: int) -> list[dict[str, Any]]:
+        piece: list[dict[str, Any]] = [{"Sequence": {"id": sequence, "type_id": type_id}}]
+        before: list[dict[str, Any]] = [{"SpecialToken": {"id": sides["bos"][1], "type_id": type_id}}] if "bos" in sides else []
+        after: list[dict[str, Any]] = [{"SpecialToken": {"id": sides["eos"][1], "type_id": type_id}}] if "eos" in sides else []
         return before + piece + after
 
     template = {"type": "TemplateProcessing", "single": around("A", 0), "pair": around("A", 0) + around("B", 1), "special_tokens": special}
     return {"type": "Sequence", "processors": [plain, template]} if plain else template
 
 
-def _document(added: list, normalizer, pre_tokenizer, post_processor, decoder: dict, model: dict) -> dict:
+def _document(added: list[Any], normalizer: Any, pre_tokenizer: Any, post_processor: Any, decoder: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": normalizer,
             "pre_tokenizer": pre_tokenizer, "post_processor": post_processor, "decoder": decoder, "model": model}
 
 
-def _bpe(vocab: dict, merges: list, **more) -> dict:
+def _bpe(vocab: dict[str, Any], merges: list[Any], **more: Any) -> dict[str, Any]:
     return {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
             "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": vocab, "merges": merges, **more}
 
 
-def _byte_level_document(fields: dict, tokens: list[str], types: list[int], pre: str | None) -> dict:
+def _byte_level_document(fields: dict[str, Any], tokens: list[str], types: list[int], pre: str | None) -> dict[str, Any]:
     pre = pre or fields.get("tokenizer.ggml.pre")
     if pre not in PIPELINES:
         raise TokenizerError(f"tokenizer.ggml.pre: expected one of {', '.join(sorted(PIPELINES))}, found "
@@ -114,7 +117,7 @@ def _byte_level_document(fields: dict, tokens: list[str], types: list[int], pre:
         if len(merge) != 2:
             raise TokenizerError(f"tokenizer.ggml.merges[{n}]: expected two tokens with a space between, found {merge!r}")
     alphabet = set(byte_alphabet())
-    vocab = {}
+    vocab: dict[str, int] = {}
     for n, token in enumerate(tokens):
         vocab.setdefault(token, n)
     decoder = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
@@ -133,7 +136,7 @@ def sentencepiece_merges(vocab: dict[str, int], scores: dict[str, float]) -> lis
     return merges
 
 
-def _sentencepiece_document(fields: dict, tokens: list[str], types: list[int]) -> dict:
+def _sentencepiece_document(fields: dict[str, Any], tokens: list[str], types: list[int]) -> dict[str, Any]:
     gemma = fields.get("general.architecture", "").startswith("gemma")
     scores = fields.get("tokenizer.ggml.scores")
     if scores is None or len(scores) != len(tokens):
@@ -141,7 +144,7 @@ def _sentencepiece_document(fields: dict, tokens: list[str], types: list[int]) -
     if gemma:  # runs of spaces are stored as spaces; merges follow the order of ids, not the scores
         tokens = [META * len(t) if " " in t and not t.strip(" ") else t for t in tokens]
         scores = [-n for n in range(len(tokens))]
-    vocab = {}
+    vocab: dict[str, int] = {}
     for n, token in enumerate(tokens):
         vocab.setdefault(token, n)
     plain = {t: float(s) for t, s, kind in zip(tokens, scores, types) if kind in (NORMAL, USER_DEFINED, UNUSED) and t}
@@ -158,7 +161,7 @@ def _sentencepiece_document(fields: dict, tokens: list[str], types: list[int]) -
                      _bpe(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=BYTE in types))
 
 
-def tokenizer_json(fields: dict, pre: str | None = None) -> dict:
+def tokenizer_json(fields: dict[str, Any], pre: str | None = None) -> dict[str, Any]:
     """The tokenizer.json of GGUF metadata (key to plain value; arrays as lists). pre: instead of tokenizer.ggml.pre.
 
     Raises TokenizerError for a kind or pipeline that is not known, or a vocabulary that is not whole."""

@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from .convert import ConvertError, write_safetensors
 from .gguf_tokenizer import TokenizerError, tokenizer_json
@@ -47,7 +48,7 @@ _CLASSES = {"llama": ("llama", "Llama"), "mistral": ("mistral", "Mistral"), "qwe
 
 # ---- what the file says ----
 
-def _open(path: Path):
+def _open(path: Path) -> Any:
     try:
         import gguf
     except ImportError as error:
@@ -58,7 +59,7 @@ def _open(path: Path):
         raise ConvertError(f"{path}: expected a GGUF file of version 2 or 3, found: {error or type(error).__name__}") from error
 
 
-def metadata(reader) -> dict:
+def metadata(reader: Any) -> dict[str, Any]:
     """All metadata, key to number, text, bool or list of these."""
     return {key: field.contents() for key, field in reader.fields.items()}
 
@@ -66,26 +67,27 @@ def metadata(reader) -> dict:
 class _Fields:
     """Keys of one architecture; a missing one is an error that names it."""
 
-    def __init__(self, fields: dict, where: str):
+    def __init__(self, fields: dict[str, Any], where: str):
         self.fields, self.where = fields, where
         self.architecture = fields.get("general.architecture")
 
-    def get(self, key: str, default=None):
+    def get(self, key: str, default: Any = None) -> Any:
         return self.fields.get(f"{self.architecture}.{key}", default)
 
-    def need(self, key: str):
+    def need(self, key: str) -> Any:
         value = self.get(key)
         if value is None:
             raise ConvertError(f"{self.where}: expected the key {self.architecture}.{key}, found none")
         return value
 
-    def positive(self, key: str, default=None) -> int:
+    def positive(self, key: str, default: Any = None) -> int:
         """A whole number above 0, the same for all layers."""
         value = self.need(key) if default is None else self.get(key, default)
         values = set(value) if isinstance(value, list) else {value}
-        if len(values) != 1 or not isinstance(next(iter(values)), int) or next(iter(values)) <= 0:
+        number = next(iter(values)) if len(values) == 1 else None
+        if not isinstance(number, int) or number <= 0:
             raise ConvertError(f"{self.where}: {self.architecture}.{key}: expected one whole number above 0, found {str(value)[:60]}")
-        return next(iter(values))
+        return number
 
 
 def _short(value: float) -> float:
@@ -97,7 +99,7 @@ def _short(value: float) -> float:
 
 # ---- config.json ----
 
-def _llama3_factors(dim: int, theta: float, factor: float):
+def _llama3_factors(dim: int, theta: float, factor: float) -> Any:
     import numpy as np
 
     wave = 2 * math.pi * theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
@@ -105,7 +107,7 @@ def _llama3_factors(dim: int, theta: float, factor: float):
     return 1 / ((1 - smooth) / factor + smooth)
 
 
-def _rope(f: _Fields, tensors: dict, head_dim: int) -> dict:
+def _rope(f: _Fields, tensors: dict[str, Any], head_dim: int) -> dict[str, Any]:
     """rope_parameters. The llama3 kind stands in the tensor rope_freqs only: divisors of the frequencies, known again here."""
     import numpy as np
 
@@ -125,7 +127,7 @@ def _rope(f: _Fields, tensors: dict, head_dim: int) -> dict:
     return {"rope_type": "default", "rope_theta": theta}
 
 
-def _rms_config(f: _Fields, tensors: dict) -> dict:
+def _rms_config(f: _Fields, tensors: dict[str, Any]) -> dict[str, Any]:
     """Llama, Mistral, Qwen2, Qwen3, Gemma 2."""
     hidden, heads = f.positive("embedding_length"), f.positive("attention.head_count")
     head_dim = f.positive("attention.key_length", f.get("rope.dimension_count") or hidden // heads)
@@ -142,7 +144,7 @@ def _rms_config(f: _Fields, tensors: dict) -> dict:
     }
 
 
-def _gemma2_config(f: _Fields, tensors: dict) -> dict:
+def _gemma2_config(f: _Fields, tensors: dict[str, Any]) -> dict[str, Any]:
     out = _rms_config(f, tensors)
     # the scale of scores is not stored; of the published sizes only 27B (46 layers) has hidden / heads, the others head_dim
     scalar = out["hidden_size"] // out["num_attention_heads"] if out["num_hidden_layers"] == 46 else out["head_dim"]
@@ -153,13 +155,13 @@ def _gemma2_config(f: _Fields, tensors: dict) -> dict:
             "sliding_window": f.positive("attention.sliding_window", 4096)}
 
 
-def _gpt2_config(f: _Fields, tensors: dict) -> dict:
+def _gpt2_config(f: _Fields, tensors: dict[str, Any]) -> dict[str, Any]:
     return {"n_embd": f.positive("embedding_length"), "n_layer": f.positive("block_count"), "n_head": f.positive("attention.head_count"),
             "n_inner": f.positive("feed_forward_length"), "n_positions": f.positive("context_length"), "activation_function": "gelu_new",
             "layer_norm_epsilon": _short(f.need("attention.layer_norm_epsilon"))}
 
 
-def _gptneox_config(f: _Fields, tensors: dict) -> dict:
+def _gptneox_config(f: _Fields, tensors: dict[str, Any]) -> dict[str, Any]:
     hidden, heads = f.positive("embedding_length"), f.positive("attention.head_count")
     theta = _short(f.get("rope.freq_base", 10000.0))
     return {"hidden_size": hidden, "num_hidden_layers": f.positive("block_count"), "num_attention_heads": heads,
@@ -174,7 +176,7 @@ _CONFIGS = {"llama": _rms_config, "qwen2": _rms_config, "qwen3": _rms_config, "g
             "gptneox": _gptneox_config}
 
 
-def config_json(fields: dict, tensors: dict, where: str) -> dict:
+def config_json(fields: dict[str, Any], tensors: dict[str, Any], where: str) -> dict[str, Any]:
     """config.json as transformers reads it. tensors: name to the reader's tensor."""
     f = _Fields(fields, where)
     if f.architecture not in _CONFIGS:
@@ -203,19 +205,19 @@ def config_json(fields: dict, tensors: dict, where: str) -> dict:
 
 # ---- tensors ----
 
-def _interleaved_to_halves(x, heads: int):
+def _interleaved_to_halves(x: Any, heads: int) -> Any:
     """Rows of q or k: llama.cpp stores pair (2i, 2i+1) of a head where transformers has (i, i + half)."""
     half = x.shape[0] // heads // 2
     return x.reshape(heads, half, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
-def _by_head(x, heads: int):
+def _by_head(x: Any, heads: int) -> Any:
     """Rows all q, all k, all v as NeoX has them: for each head its q, k, v."""
     size = x.shape[0] // 3 // heads
     return x.reshape(3, heads, size, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
 
 
-def _repair(x, architecture: str, part: str, config: dict):
+def _repair(x: Any, architecture: str, part: str, config: dict[str, Any]) -> Any:
     """x as transformers stores it. part: the name within its layer, as in attn_q.weight."""
     if architecture == "llama" and part.startswith(("attn_q.", "attn_k.")):
         x = _interleaved_to_halves(x, config["num_attention_heads" if part.startswith("attn_q.") else "num_key_value_heads"])
@@ -228,7 +230,7 @@ def _repair(x, architecture: str, part: str, config: dict):
     return x
 
 
-def _target_name(name: str, names: dict) -> str | None:
+def _target_name(name: str, names: dict[str, Any]) -> str | None:
     """transformers' name of a tensor; None for one that its model does not have."""
     if name.startswith("blk."):
         _, layer, part = name.split(".", 2)
@@ -242,25 +244,25 @@ class _Lazy:
     """A tensor of the file that write_safetensors takes for torch's; its values exist only while they are written, so a file needs
     memory for its largest tensor and no more."""
 
-    def __init__(self, tensor, architecture: str, part: str, config: dict):
+    def __init__(self, tensor: Any, architecture: str, part: str, config: dict[str, Any]):
         import torch
 
         self.tensor, self.architecture, self.part, self.config = tensor, architecture, part, config
         kind = tensor.tensor_type.name
         changed = architecture == "gemma2" and part.endswith("norm.weight")
-        self.dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32) if not changed else torch.float32
+        self.dtype: Any = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32) if not changed else torch.float32
         shape = [int(n) for n in reversed(tensor.shape)]
         transposed = architecture == "gpt2" and part in ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")
         shape = shape[::-1] if transposed else shape
         self.shape = [1, *shape] if part == "cls.output.weight" and len(shape) == 1 else shape
 
     def element_size(self) -> int:
-        return self.dtype.itemsize
+        return int(self.dtype.itemsize)
 
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def detach(self):
+    def detach(self) -> Any:
         import gguf
         import numpy as np
         import torch
@@ -271,12 +273,12 @@ class _Lazy:
             data = np.ascontiguousarray(data).view(np.int16)
         elif kind.name not in ("F32", "F16"):
             data = gguf.dequantize(data, kind)
-        x = np.ascontiguousarray(_repair(np.asarray(data), self.architecture, self.part, self.config)).reshape(self.shape)
-        x = torch.from_numpy(x.copy() if not x.flags.writeable else x)
+        values = np.ascontiguousarray(_repair(np.asarray(data), self.architecture, self.part, self.config)).reshape(self.shape)
+        x = torch.from_numpy(values.copy() if not values.flags.writeable else values)
         return x.view(torch.bfloat16) if bf16 else x.to(self.dtype)
 
 
-def _tensors(reader, architecture: str, config: dict, where: str) -> dict:
+def _tensors(reader: Any, architecture: str, config: dict[str, Any], where: str) -> dict[str, Any]:
     names, out = _NAMES[architecture], {}
     for tensor in reader.tensors:
         target = _target_name(tensor.name, names)
@@ -293,7 +295,7 @@ def _tensors(reader, architecture: str, config: dict, where: str) -> dict:
 
 # ---- the directory ----
 
-def _tokenizer_config(fields: dict) -> dict:
+def _tokenizer_config(fields: dict[str, Any]) -> dict[str, Any]:
     tokens = fields["tokenizer.ggml.tokens"]
     out = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for ours, theirs in (("bos_token", "bos_token_id"), ("eos_token", "eos_token_id"), ("pad_token", "padding_token_id"),
@@ -306,7 +308,7 @@ def _tokenizer_config(fields: dict) -> dict:
     return out
 
 
-def _write_json(path: Path, value: dict, indent: int | None) -> None:
+def _write_json(path: Path, value: dict[str, Any], indent: int | None) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
     path.chmod(0o644)
 

@@ -68,7 +68,7 @@ class _Chart:
                           f'<text x="{WIDTH - RIGHT + 6}" y="{y + 4:.1f}">{html.escape(name)}</text>')
 
     def svg(self) -> str:
-        form = (lambda v: f"{v:.0%}") if self.percent else (lambda v: f"{v:.2f}")
+        form = "{:.0%}".format if self.percent else "{:.2f}".format
         grid = "".join(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{self.y(v):.1f}" y2="{self.y(v):.1f}"/>'
                        f'<text x="{LEFT - 6}" y="{self.y(v) + 4:.1f}" text-anchor="end">{form(v)}</text>' for v in _ticks(self.low, self.high))
         every = max(1, len(self.steps) // 8)

@@ -127,7 +127,7 @@ class Verdict:
     error: tuple[str, str] | None = None
 
     @property
-    def key(self) -> tuple:
+    def key(self) -> tuple[str, int, str, str, int]:
         """(run, step, group, id, attempt)"""
         return self.run, self.step, self.group, self.id, self.attempt
 
@@ -233,7 +233,7 @@ def verdict_of(v: Any) -> Verdict:
     return out
 
 
-class Table(list, Generic[T]):
+class Table(list[T], Generic[T]):
     """A list of results that can become columns, a pandas frame or an Arrow table."""
 
     _columns: tuple[str, ...] = ()
@@ -295,7 +295,7 @@ class Verdicts(Table[Verdict]):
         return np.array([math.nan if getattr(v, name) is None else getattr(v, name) for v in self], dtype=np.float32)
 
     @property
-    def refused(self) -> list[tuple]:
+    def refused(self) -> list[tuple[str, int, str, str, str, str]]:
         """(run, step, group, id, code name, reason) of each that was refused."""
         return [(*v.key[:4], *v.error) for v in self if v.error]
 
@@ -329,7 +329,7 @@ class Row:
     action: str = "none"
 
     @property
-    def key(self) -> tuple:
+    def key(self) -> tuple[str, int, str, str, int]:
         """(run, step, group, id, attempt)"""
         return self.run, self.step, self.group, self.id, self.attempt
 
@@ -343,11 +343,11 @@ class Rows(Table[Row]):
 
 def row_of(r: Any) -> Row:
     """A row out of the wire's message."""
-    numbers = [_opt(r, n) for n in ("reward", "counterfactual_reward", "effect", "effect_sd", "advantage", "counterfactual_advantage",
-                                    "advantage_flip")]
-    return Row(r.run.decode(), r.step, r.group.decode(), r.id.decode(), r.attempt, *numbers, [x.decode() for x in r.rule],
-               warning_names(r.warnings), r.time_ms, r.whole,
-               ACTIONS[r.action] if r.action < len(ACTIONS) else str(r.action))
+    numbers: dict[str, Any] = {n: _opt(r, n) for n in ("reward", "counterfactual_reward", "effect", "effect_sd", "advantage",
+                                                       "counterfactual_advantage", "advantage_flip")}
+    action = ACTIONS[r.action] if r.action < len(ACTIONS) else str(r.action)
+    return Row(r.run.decode(), r.step, r.group.decode(), r.id.decode(), r.attempt, **numbers, rules=[x.decode() for x in r.rule],
+               warnings=warning_names(r.warnings), time_ms=r.time_ms, whole=r.whole, action=action)
 
 
 @dataclass(slots=True)

@@ -334,8 +334,7 @@ class Tap:
             q.lost_count.extend(x[2] for x in asked)
             q.closing = self._closing and len(asked) == len(self._lost)
             self._asked_closing = q.closing
-        return m.Request(call_id=1, method=_call.PREFIX + b"Sync", timeout_ms=int(SYNC_TIMEOUT * 1000),
-                         body=q.SerializeToString()).SerializeToString()
+        return _call.once("Sync", q, SYNC_TIMEOUT)
 
     def _fill_request(self, missing: list[tuple[int, int]]) -> bytes | None:
         q, size, count = m.FillRequest(), 0, 0
@@ -351,8 +350,7 @@ class Tap:
         self.refilled += count
         if not count:
             return None
-        return m.Request(call_id=1, method=_call.PREFIX + b"Fill", timeout_ms=int(SYNC_TIMEOUT * 1000),
-                         body=q.SerializeToString()).SerializeToString()
+        return _call.once("Fill", q, SYNC_TIMEOUT)
 
     def _answered(self, data: bytes) -> None:
         call, self._call = self._call, None

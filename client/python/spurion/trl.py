@@ -21,7 +21,7 @@ from .results import Alert, Verdicts
 try:
     from transformers import TrainerCallback as _TrainerCallback
 except ImportError:  # the reward and the tap work without
-    _TrainerCallback = object  # type: ignore[assignment,misc]
+    _TrainerCallback = object
 
 log = logging.getLogger("spurion")
 ON_ERROR = {"wait": 900.0, "raise": 30.0, "none": 10.0}  # and seconds that a call may take, below every trainer's own limit
@@ -202,7 +202,7 @@ class SpurionTap:
             self._step = max(self._step, step)
 
 
-class SpurionCallback(_TrainerCallback):
+class SpurionCallback(_TrainerCallback):  # type: ignore[misc]  # of no type where transformers is not installed
     """Alerts of the run into the trainer's logger as spurion/* metrics, and an optional stop. Ends steps for the reward and the tap.
 
         trainer = GRPOTrainer(..., reward_funcs=[reward])
@@ -315,7 +315,7 @@ def reward_model(addr: str | None = None, *, run: str, response_length: int, rew
     client = Client(addr, run=run, timeout=timeout, **options)
     count = [0]
 
-    class Backbone(torch.nn.Module):
+    class Backbone(torch.nn.Module):  # type: ignore[misc]
         """Sends rows of ids (B, T) to the daemon; gives (B, T, 1)."""
 
         def forward(self, input_ids: Any, attention_mask: Any, **_: Any) -> Any:
@@ -334,7 +334,7 @@ def reward_model(addr: str | None = None, *, run: str, response_length: int, rew
             hidden = out[:, None, None].expand(*input_ids.shape, 1)
             return type("Output", (), {"last_hidden_state": hidden, "hidden_states": (hidden,)})()  # TRL read the second until 1.13
 
-    class RewardModel(torch.nn.Module):
+    class RewardModel(torch.nn.Module):  # type: ignore[misc]
         """Looks like a sequence classifier of one label to get_reward."""
 
         base_model_prefix = "backbone"

@@ -55,8 +55,10 @@ async def _judge(s: dict[str, Any], prompt: str, completion: str, step: int | No
     except SpurionError as e:
         text = f"no reward for rollout {rollout['run']}/{rollout['step']}/{rollout['group']}/{rollout['id']}: {e}"
         raise type(e)(text, e.code, e.retry_after_ms) from e
-    value = v.counterfactual_reward if s["reward"] == "counterfactual" else v.reward
-    return {"score": float(value), "spurion_reward": float(v.reward), "spurion_counterfactual": float(v.counterfactual_reward),  # type: ignore[arg-type]
+    clean, counterfactual = v.reward, v.counterfactual_reward
+    assert clean is not None and counterfactual is not None  # a refused one has raised
+    value = counterfactual if s["reward"] == "counterfactual" else clean
+    return {"score": float(value), "spurion_reward": float(clean), "spurion_counterfactual": float(counterfactual),
             "spurion_effect": float(v.effect or 0.0), "spurion_flagged": float(bool(v.flags))}
 
 
@@ -73,10 +75,10 @@ async def compute_score(data_source: Any, solution_str: str, ground_truth: Any, 
 try:
     from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase as _Base
 except ImportError:  # compute_score works without; the manager needs verl
-    _Base = object  # type: ignore[assignment,misc]
+    _Base = object
 
 
-class SpurionRewardManager(_Base):
+class SpurionRewardManager(_Base):  # type: ignore[misc]  # of no type where verl is not installed
     """The reward of the daemon, with ids: group from `uid` where the batch carries it, step from meta_info."""
 
     def __init__(self, config: Any, tokenizer: Any, compute_score: Any, reward_router_address: Any = None, reward_model_tokenizer: Any = None):
