@@ -428,26 +428,72 @@ out:
 
 /* --- other rules --- */
 
-static bool same_entries(const spurion_catalogue *a, const spurion_catalogue *b)
+#define RESTART "thresholds, actions, alerts, labels and intended or unknown features' verdicts can change while running; this needs a restart"
+
+/* OK where both catalogues watch the same features in the same way; else the first difference, by (sae, index). */
+static spurion_status same_entries(const spurion_engine *e, const spurion_catalogue *fresh)
 {
-    for (int i = 0; i < a->entry_count && a->entry_count == b->entry_count; i++) {
-        const spurion_catalogue_entry *x = &a->entries[i], *y = &b->entries[i];
-        if (x->sae != y->sae || x->index != y->index || x->spurious != y->spurious || x->activation_min != y->activation_min) {
-            return false;
+    const spurion_catalogue *held = &e->catalogue;
+
+    for (int i = 0; i < held->entry_count || i < fresh->entry_count; i++) {
+        const spurion_catalogue_entry *x = i < held->entry_count ? &held->entries[i] : NULL, *y = i < fresh->entry_count ? &fresh->entries[i] : NULL;
+        const spurion_catalogue_entry *first = !x || (y && (y->sae < x->sae || (y->sae == x->sae && y->index < x->index))) ? y : x;
+        const char *sae = e->config->saes[first->sae].id;
+        if (!x || !y || x->sae != y->sae || x->index != y->index) {
+            return spurion_error(SPURION_FAILED_PRECONDITION, "catalogue: expected the %d features that the device holds, found %d, %s %s/%d; " RESTART,
+                                 held->entry_count, fresh->entry_count, first == y ? "a new one" : "without", sae, first->index);
+        }
+        if (x->spurious != y->spurious) {
+            return spurion_error(SPURION_FAILED_PRECONDITION, "catalogue: %s/%d: expected the verdict %.*s that the device works with, found %.*s; " RESTART,
+                                 sae, x->index, (int)x->verdict.size, x->verdict.data, (int)y->verdict.size, y->verdict.data);
+        }
+        if (x->activation_min != y->activation_min) {
+            return spurion_error(SPURION_FAILED_PRECONDITION, "catalogue: %s/%d: expected the activation_min %g that the device holds, found %g; " RESTART,
+                                 sae, x->index, (double)x->activation_min, (double)y->activation_min);
         }
     }
-    return a->entry_count == b->entry_count;
+    return spurion_ok();
 }
 
-static bool same_sets(const spurion_catalogue *a, const spurion_catalogue *b)
+/* Whether one of the sets that are held is this one; entries of both catalogues have the same places. */
+static bool is_held(const spurion_catalogue *held, const spurion_ablation_set *set)
 {
-    for (int i = 0; i < a->set_count && a->set_count == b->set_count; i++) {
-        size_t n = (size_t)a->sets[i].count;
-        if (a->sets[i].count != b->sets[i].count || (n && memcmp(a->sets[i].entries, b->sets[i].entries, n * sizeof *a->sets[i].entries) != 0)) {
-            return false;
+    for (int i = 0; i < held->set_count; i++) {
+        size_t n = (size_t)held->sets[i].count;
+        if (held->sets[i].count == set->count && (n == 0 || memcmp(held->sets[i].entries, set->entries, n * sizeof *set->entries) == 0)) {
+            return true;
         }
     }
-    return a->set_count == b->set_count && a->debias_set == b->debias_set;
+    return false;
+}
+
+/* OK where every set to ablate stands at the same place; else who needs another one. */
+static spurion_status same_sets(const spurion_engine *e, const spurion_catalogue *fresh, const spurion_config *config)
+{
+    const spurion_catalogue *held = &e->catalogue;
+    bool same = held->set_count == fresh->set_count && held->debias_set == fresh->debias_set;
+
+    for (int i = 0; same && i < fresh->set_count; i++) {
+        size_t n = (size_t)fresh->sets[i].count;
+        same = held->sets[i].count == fresh->sets[i].count &&
+               (n == 0 || memcmp(held->sets[i].entries, fresh->sets[i].entries, n * sizeof *fresh->sets[i].entries) == 0);
+    }
+    if (same) {
+        return spurion_ok();
+    }
+    if (!is_held(held, &fresh->sets[fresh->debias_set])) {
+        return spurion_error(SPURION_FAILED_PRECONDITION, "catalogue: expected the %d features that the counterfactual reward removes, found %d or others (a "
+                             "changed role); " RESTART, held->sets[held->debias_set].count, fresh->sets[fresh->debias_set].count);
+    }
+    for (int i = 0; i < config->rule_count; i++) {
+        if (!is_held(held, &fresh->sets[fresh->rule_sets[i]])) {
+            return spurion_error(SPURION_FAILED_PRECONDITION, "rule %s: expected one of the %d sets of features that the device ablates, found another (%d "
+                                 "features: other families or roles); " RESTART, config->rules[i].id, held->set_count,
+                                 fresh->sets[fresh->rule_sets[i]].count);
+        }
+    }
+    return spurion_error(SPURION_FAILED_PRECONDITION, "catalogue: expected the %d sets of features that the device ablates, found %d, for other families; "
+                         RESTART, held->set_count, fresh->set_count);
 }
 
 spurion_status spurion_engine_reload_make(spurion_engine_reload **out, const spurion_engine *e, const spurion_config *config)
@@ -464,15 +510,13 @@ spurion_status spurion_engine_reload_make(spurion_engine_reload **out, const spu
         widths[i] = e->saes[i]->full.F;
     }
     SPURION_TRY(st, spurion_catalogue_load(&r->catalogue, config, widths));
-    if (!same_entries(&e->catalogue, &r->catalogue) || !same_sets(&e->catalogue, &r->catalogue)) {
-        st = spurion_error(SPURION_FAILED_PRECONDITION,
-                           "catalogue: expected the features and sets that the device holds (%d features, %d sets), found others (%d features, %d sets); "
-                           "thresholds, actions, alerts, labels can change while running, these need a restart",
-                           e->catalogue.entry_count, e->catalogue.set_count, r->catalogue.entry_count, r->catalogue.set_count);
-        spurion_catalogue_fini(&r->catalogue);
-        goto out;
+    st = same_entries(e, &r->catalogue);
+    if (st.code == SPURION_OK) {
+        st = same_sets(e, &r->catalogue, config);
     }
-    st = spurion_provenance_make(r->provenance, &r->provenance_text, e, config);
+    if (st.code == SPURION_OK) {
+        st = spurion_provenance_make(r->provenance, &r->provenance_text, e, config);
+    }
     if (st.code != SPURION_OK) {
         spurion_catalogue_fini(&r->catalogue);
         goto out;

@@ -1,4 +1,5 @@
 """SIGHUP: other rules in a running daemon; what is wrong changes nothing; under load every verdict is of one set of rules."""
+import json
 import os
 import re
 import shutil
@@ -89,9 +90,22 @@ def test_reload_keeps_the_old_when_the_new_is_wrong(d, m):
         text = hang_up(d)
         assert "level=error" in text and "kept the rules" in text and why in text, text
     d.config.write_text(good)
-    (d.folder / "catalogue.jsonl").write_text("\n".join(catalogue.splitlines()[1:]) + "\n")
-    text = hang_up(d)
-    assert "expected the features and sets that the device holds" in text and "restart" in text
+    entries = [json.loads(line) for line in catalogue.splitlines()]
+    spurious = next(i for i, x in enumerate(entries) if x["verdict"] == "spurious")
+    named = f"{entries[spurious]['sae']}/{entries[spurious]['index']}"
+
+    def changed(**fields):
+        return [dict(x, **fields) if i == spurious else x for i, x in enumerate(entries)]
+    other = {"detect": "debias", "debias": "detect", "both": "detect"}[entries[spurious].get("role", "both")]
+    for fresh, why in [(entries[:spurious] + entries[spurious + 1:], f"the {len(entries)} features that the device holds, found {len(entries) - 1}, without {named};"),
+                       ([*entries, {"sae": entries[0]["sae"], "index": 3, "label": "x", "verdict": "unknown"}], f"found {len(entries) + 1}, a new one {entries[0]['sae']}/3;"),
+                       (changed(activation_min=1.5), f"{named}: expected the activation_min 0 that the device holds, found 1.5;"),
+                       (changed(verdict="intended"), f"{named}: expected the verdict spurious that the device works with, found intended;"),
+                       (changed(role=other), "expected")]:
+        fresh = [{k: v for k, v in x.items() if not (k == "role" and x["verdict"] != "spurious")} for x in fresh]
+        (d.folder / "catalogue.jsonl").write_text("".join(json.dumps(x) + "\n" for x in fresh))
+        text = hang_up(d)
+        assert "kept the rules" in text and why in text and "needs a restart" in text, text
     assert score(rpc, m, 2).provenance == before.provenance
     (d.folder / "catalogue.jsonl").write_text(re.sub(r'"label": ?"', '"label": "new ', catalogue))
     assert "level=info" in hang_up(d)

@@ -4,7 +4,7 @@
 
 Variants, by the reward and the catalogue of the daemon:
   clean            the reward as it is
-  counterfactual   without the catalogued features; catalogue_wide.jsonl: the demo's, and 32 more features of `thanks` for removal
+  counterfactual   without the features of the demo's catalogue_wide.jsonl: its catalogue, and 32 more of `thanks` for removal
   shipped          the same with the demo's own catalogue, whose removal takes half of the bias away (deploy/demo/README.md)
   uncatalogued     the same with a catalogue in which `thanks` does not stand: a hack that nobody has found yet
 The true reward of a completion is the reward of the same text without the closing. A daemon of its own for each variant, real steps.
@@ -31,7 +31,7 @@ def catalogue_of(variant, folder):
     if variant in ("clean", "shipped"):
         return demo.DEMO / "catalogue.jsonl"
     if variant == "counterfactual":
-        return HERE / "catalogue_wide.jsonl"
+        return demo.DEMO / "catalogue_wide.jsonl"
     out = Path(folder) / "catalogue_without.jsonl"
     lines = (demo.DEMO / "catalogue.jsonl").read_text().splitlines()
     out.write_text("".join(line + "\n" for line in lines if "thanks" not in json.loads(line)["families"]))
