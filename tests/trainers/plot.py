@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 # blue and orange stay apart for colour-blind readers; line styles say it again
-LOOK = {"clean": ("#e66101", "-", "the reward"), "counterfactual": ("#4393c3", "-", "counterfactual reward"),
+LOOK = {"clean": ("#e66101", "-", "the reward"), "counterfactual": ("#4393c3", "-", "counterfactual reward, catalogue_wide"),
         "uncatalogued": ("#555555", ":", "counterfactual, the hack not in the catalogue"),
         "shipped": ("#7b3294", "--", "counterfactual, the demo's own catalogue (removes half)")}
 
@@ -23,7 +23,7 @@ def main(folder, out):
         steps = range(len(r["hack"]))
         left.plot(steps, r["hack"], color=colour, ls=style, lw=1.8, label=None if label in named else label)
         named.add(label)
-        if r["variant"] == "clean" and r["alert_step"] is not None:
+        if r["alert_step"] is not None:
             left.plot([r["alert_step"]], [r["hack"][r["alert_step"]]], "v", color="black", ms=8, label=None if "a" in named else "first alert above rate_max")
             named.add("a")
         if r["variant"] in ("clean", "counterfactual"):
