@@ -32,8 +32,9 @@ class Demo:
             self.rpc, self.rollouts, self.alerts = (f"tcp://127.0.0.1:{free_port()}" for _ in range(3))
         else:
             self.rpc, self.rollouts, self.alerts = (f"ipc://{folder}/{n}.sock" for n in ("rpc", "tap", "alerts"))
+        self.http = f"127.0.0.1:{free_port()}"
         self.settings = ["store.path=" + str(self.folder / "store"), f"listen.rpc=[{self.rpc}]", f"listen.rollouts=[{self.rollouts}]",
-                         f"listen.alerts=[{self.alerts}]", f"listen.http=127.0.0.1:{free_port()}", *settings]
+                         f"listen.alerts=[{self.alerts}]", f"listen.http={self.http}", *settings]
         self.process = None
         self.log = open(self.folder / "spuriond.log", "ab")
 

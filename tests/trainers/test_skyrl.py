@@ -21,8 +21,8 @@ from transformers import AutoTokenizer  # noqa: E402
 from spurion import Client, RolloutError  # noqa: E402
 
 LINES = [json.loads(t) for t in (demo.DEMO / "rollouts.jsonl").read_text().splitlines()][:12]
-CHAT = "{% for m in messages %}\n\n{{ 'Human' if m.role == 'user' else 'Assistant' }}: {{ m.content }}{% endfor %}" \
-       "{% if add_generation_prompt %}\n\nAssistant:{% endif %}"
+CHAT = r"{% for m in messages %}{{ '\n\n' + ('Human' if m.role == 'user' else 'Assistant') + ': ' + m.content }}{% endfor %}" \
+       r"{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 
 
 class Engine:

@@ -87,6 +87,27 @@ def test_verl_failures_name_the_sample(tmp_path):
         scores(RewardLoopWorker(c), batch(LINES[:1]))
 
 
+# hh, and the end-of-text token that the demo's reward model is scored on
+CHAT = r"{% for m in messages %}{{ '\n\n' + ('Human' if m.role == 'user' else 'Assistant') + ': ' + m.content.strip() }}{% endfor %}{{ eos_token }}"
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_verl_built_in_reward_model_over_http(d, tmp_path, engine):
+    """verl's own client of vLLM's /classify and SGLang's /v1/embeddings, with the daemon behind the address of its router."""
+    tok = AutoTokenizer.from_pretrained(str(demo.DEMO / "model"))
+    tok.chat_template = CHAT
+    tok.save_pretrained(str(tmp_path / "rm"))
+    c = config(d, "verl-http", reward_model={"enable": True, "model_path": str(tmp_path / "rm"), "rollout": {"name": engine}})
+    out = scores(RewardLoopWorker(c, reward_router_address=f"{d.http}/run/verl-{engine}"), batch(LINES))
+    with Client(d.rpc) as client:
+        expected = client.score([dict(r, run="verl-reference-http") for r in LINES])
+        assert [o["reward_score"] for o in out] == pytest.approx(list(expected.rewards), abs=2e-6)
+        assert len(client.query(f"verl-{engine}")) == len(LINES)
+    with pytest.raises(Exception, match="400"):  # a completion that is too long: an error, at once, and no number
+        worker = RewardLoopWorker(c, reward_router_address=d.http)
+        worker.loop.run_until_complete(worker._post_request({"model": "m", "input": "a " * 4000}, "classify" if engine == "vllm" else "v1/embeddings"))
+
+
 @pytest.mark.parametrize("place", [0, 1])
 def test_verl_guide(d, monkeypatch, place):
     """The configurations of the guide, in verl's own loop."""
