@@ -314,6 +314,9 @@ static void take_item(spurion_pipeline *p, spurion_item *it)
     }
     if (it->fate == SPURION_FATE_JUDGE) {
         spurion_engine_prepare(p->engine, &it->job);
+        if (atomic_load(&p->engine_tick_ms) != INT64_MAX) {
+            spurion_stat_add(p, SPURION_STAT_PREPARED_AHEAD, 1);
+        }
         if (it->job.verdict.code != SPURION_OK) {
             it->fate = SPURION_FATE_REFUSED;
         }

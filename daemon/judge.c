@@ -32,7 +32,7 @@ typedef struct job_slot {
 typedef struct judge {
     spurion_engine *engine;
     spurion_judge_totals *totals;
-    FILE *out;
+    FILE *out, *each;
     bool tokens;
     record *head, *tail;
     job_slot *free_jobs;
@@ -133,6 +133,9 @@ static spurion_status judge_pending(judge *j)
     if (j->pending_count) {
         st = spurion_engine_judge(j->engine, j->pending, j->pending_count);
         j->totals->engine_seconds += (double)(spurion_clock_ns() - start) * 1e-9;
+        if (j->each) {
+            spurion_judge_profile(j->each, j->totals, j->engine, 0);
+        }
     }
     for (int i = 0; i < j->pending_count && st.code != SPURION_OK; i++) {
         spurion_job_refuse(j->pending[i], &st);
@@ -360,9 +363,9 @@ static void judge_fini(judge *j)
     free(j->pending);
 }
 
-spurion_status spurion_judge_run(spurion_judge_totals *totals, spurion_engine *engine, int in, FILE *out, bool tokens)
+spurion_status spurion_judge_run(spurion_judge_totals *totals, spurion_engine *engine, int in, FILE *out, bool tokens, FILE *each)
 {
-    judge j = {.engine = engine, .totals = totals, .out = out, .tokens = tokens};
+    judge j = {.engine = engine, .totals = totals, .out = out, .each = each, .tokens = tokens};
     spurion_status st;
 
     memset(totals, 0, sizeof *totals);

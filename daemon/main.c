@@ -44,7 +44,7 @@ typedef struct arguments {
     const char *config;
     const char *overrides[OVERRIDES_MAX];
     int override_count;
-    bool tokens, profile, log_level;
+    bool tokens, profile, profile_each, log_level;
     const char *calibration; /* of check: a text file, or NULL: built in */
     bool no_calibration;
 } arguments;
@@ -63,7 +63,7 @@ static const struct {
 
 static const char usage[] =
     "usage: spuriond run --config FILE\n"
-    "       spuriond judge --config FILE [--tokens] [--profile] < rollouts.jsonl > verdicts.jsonl\n"
+    "       spuriond judge --config FILE [--tokens] [--profile[=each]] < rollouts.jsonl > verdicts.jsonl\n"
     "       spuriond check --config FILE [--calibration TEXT | --no-calibration]\n"
     "       spuriond print-config | check-config --config FILE\n"
     "       spuriond example-config\n"
@@ -81,7 +81,7 @@ static const char usage[] =
     "      --tokens             judge: with the view of every completion token\n"
     "      --calibration FILE   check: the text for L0 and explained variance, instead of a built-in one\n"
     "      --no-calibration     check: without running the model\n"
-    "      --profile            judge: after the end one JSON object on stderr with times and work done\n"
+    "      --profile[=each]     judge: after the end one JSON object on stderr with times and work done; each: after every micro-batch too\n"
     "      --print-config       as the command\n"
     "      --check-config       as the command\n"
     "      --log-level LEVEL    debug, info (default of run), warn (default otherwise) or error\n"
@@ -159,7 +159,7 @@ static int read_arguments(arguments *a, int argc, char **argv)
 {
     enum { TOKENS = 256, PROFILE, PRINT, CHECK, LEVEL, VERSION, CALIBRATION, NO_CALIBRATION };
     static const struct option options[] = {{"config", required_argument, NULL, 'c'},  {"set", required_argument, NULL, 's'},
-                                            {"tokens", no_argument, NULL, TOKENS},     {"profile", no_argument, NULL, PROFILE},
+                                            {"tokens", no_argument, NULL, TOKENS},     {"profile", optional_argument, NULL, PROFILE},
                                             {"print-config", no_argument, NULL, PRINT}, {"check-config", no_argument, NULL, CHECK},
                                             {"log-level", required_argument, NULL, LEVEL}, {"version", no_argument, NULL, VERSION},
                                             {"help", no_argument, NULL, 'h'},
@@ -180,7 +180,13 @@ static int read_arguments(arguments *a, int argc, char **argv)
             }
             break;
         case TOKENS: a->tokens = true; break;
-        case PROFILE: a->profile = true; break;
+        case PROFILE:
+            a->profile = true;
+            a->profile_each = optarg && strcmp(optarg, "each") == 0;
+            if (optarg && !a->profile_each) {
+                status = bad_usage("--profile or --profile=each", optarg);
+            }
+            break;
         case CALIBRATION: a->calibration = optarg; break;
         case NO_CALIBRATION: a->no_calibration = true; break;
         case PRINT: instead = COMMAND_PRINT; break;
@@ -219,7 +225,7 @@ static int run_judge(const arguments *a, const spurion_config *config)
     if (a->profile) {
         spurion_engine_profile_start(engine);
     }
-    st = spurion_judge_run(&totals, engine, STDIN_FILENO, stdout, a->tokens);
+    st = spurion_judge_run(&totals, engine, STDIN_FILENO, stdout, a->tokens, a->profile_each ? stderr : NULL);
     if (st.code != SPURION_OK) {
         status = report(st);
     } else {

@@ -29,6 +29,7 @@ static const metric metrics[SPURION_METRICS_COUNT] = {
     {"steps_closed", false, "steps closed"},
     {"conflicts", false, "rollouts that the store had already when they were written"},
     {"tokens", false, "tokens of judged rollouts"},
+    {"rollouts_prepared_ahead", false, "rollouts read and tokenised while the engine judged others"},
     {"connections_rpc", true, "connections now"},
     {"connections_rollouts", true, "connections now"},
     {"connections_alerts", true, "connections now"},

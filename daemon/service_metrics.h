@@ -7,7 +7,7 @@
 
 struct spurion_pipeline;
 
-#define SPURION_METRICS_COUNT 27
+#define SPURION_METRICS_COUNT 28
 
 /* Fills out (SPURION_METRICS_COUNT); the names are static. */
 void spurion_metrics_counters(spurion_counter *out, struct spurion_pipeline *p);

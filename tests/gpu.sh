@@ -1,21 +1,35 @@
 #!/bin/bash
 # Builds, tests and prints everything about the CUDA engine on a machine with a GPU, in one call of under ten minutes: the op tests against
-# doubles and against the CPU, the sweep over M at real shapes, compute-sanitizer on the op tests, the stored and the contract's example cases
-# on the GPU. Fails on any skip. Writes its raw output beside printing it.
-# Usage: tests/gpu.sh [--no-build] [OUTPUT]      default OUTPUT: docs/benchmarks/gpu-tests.txt
-#   --no-build   take build/cuda as it is (built elsewhere with the preset cuda and brought here with its libraries), for a machine without network
-# Needs: a GPU of compute capability 8.0 or later, the CUDA toolkit (nvcc, cuBLASLt, compute-sanitizer), Debian 12's packages
-# (deploy/packages.sh test). Data of the example cases: $SPURION_SHARED (default ../shared); their two pickled dictionaries need PyTorch in
-# $SPURION_PYTHON (default python3), or their converted twins (ae.safetensors) beside them.
+# doubles and against the CPU, the sweep over M at real shapes, compute-sanitizer on the op tests, whole models on the GPU: the stored cases,
+# the contract's example cases, every family against transformers on the same GPU, and bit by bit alone, batched and sent again. Fails on any
+# skip. Writes its raw output beside printing it.
+# Usage: tests/gpu.sh [--no-build | --pack PACK] [--rehearse] [OUTPUT]      default OUTPUT: docs/benchmarks/gpu-tests.txt
+#   --no-build   take build/cuda as it is
+#   --pack PACK  take the programs and libraries that deploy/pack.sh packed elsewhere, a folder or an archive: for a machine without network
+#   --rehearse   no GPU: the same steps on the CPU engine with small models, to see that the script works; says so in its first and last line
+# Needs: a GPU of compute capability 8.0 or later; the toolkit's compute-sanitizer and cuBLASLt; Python with PyTorch, transformers, safetensors
+# and tokenizers ($SPURION_PYTHON, default python3); for building, nvcc and Debian 12's packages (deploy/packages.sh test). Data of the
+# example cases: the pack's, else $SPURION_SHARED (default ../shared).
 set -uo pipefail
-cd "$(dirname "$0")/.."
-build=1
-[ "${1:-}" = --no-build ] && { build=0; shift; }
+cd "$(dirname "$0")/.." || exit 70
+# shellcheck source=tests/gpu_setup.sh
+. tests/gpu_setup.sh
+build=1 pack="" rehearse=0
+while [ $# -gt 0 ]; do
+    case $1 in
+        --no-build) build=0 ;;
+        --pack) build=0 pack=${2:?--pack needs a folder or an archive}; shift ;;
+        --rehearse) rehearse=1 build=0 ;;
+        -*) echo "gpu.sh: unknown option $1" >&2; exit 64 ;;
+        *) break ;;
+    esac
+    shift
+done
 out=${1:-docs/benchmarks/gpu-tests.txt}
 mkdir -p "$(dirname "$out")"
-export PATH="$PATH:/usr/local/cuda/bin" OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE=1
-export SPURION_SHARED=${SPURION_SHARED:-$PWD/../shared}
-device=${SPURION_TEST_DEVICE:-cuda:0}
+export OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+device=${SPURION_TEST_DEVICE:-cuda:0} folder=build/cuda
+[ $rehearse = 1 ] && device=cpu folder=${SPURION_BUILD:-build/cpu}
 started=$(date +%s)
 failed=$(mktemp)
 
@@ -41,10 +55,34 @@ must() {
     rm -f "$log" "$log.out"
 }
 
+# A step that only a GPU can take.
+on_gpu() {
+    if [ $rehearse = 1 ]; then
+        shift
+        echo "rehearsal, not run: $*"
+    else
+        must "$@"
+    fi
+}
+
+sanitize() {
+    local tool t jobs=0
+    for tool in memcheck racecheck; do
+        for t in $ops; do
+            on_gpu 4 timeout 240 env SPURION_TEST_DEVICE="$device" compute-sanitizer --tool "$tool" --error-exitcode 9 "$bin/test_$t" &
+            jobs=$((jobs + 1))
+            [ $jobs -lt 8 ] || { wait -n; jobs=$((jobs - 1)); }
+        done
+    done
+    wait
+}
+
 ops="table rows norm rope activation matrix attention sae"
 main() {
+    local tiny=() t
+    [ $rehearse = 0 ] || { echo "REHEARSAL on the CPU: nothing here is a result of a GPU"; tiny=(--tiny); }
     step "the machine, $(date -u +%Y-%m-%dT%H:%M:%SZ), commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
-    must 5 nvidia-smi --query-gpu=name,driver_version,memory.total,memory.free,compute_cap,clocks.max.sm --format=csv
+    on_gpu 5 nvidia-smi --query-gpu=name,driver_version,memory.total,memory.free,compute_cap,clocks.max.sm --format=csv
     if [ $build = 1 ]; then
         step "build"
         must 5 deploy/packages.sh test
@@ -52,32 +90,29 @@ main() {
         must 15 cmake --preset cuda
         must 5 cmake --build --preset cuda
     else
-        echo "not built here: build/cuda as it was brought"
+        echo "not built here: ${pack:-$folder}"
     fi
+    gpu_setup "$folder" "$pack"
 
     step "op tests on $device, against doubles"
     for t in $ops; do
-        must 12 env SPURION_TEST_DEVICE="$device" build/cuda/bin/test_$t
+        must 12 env SPURION_TEST_DEVICE="$device" "$bin/test_$t"
     done
     step "op tests on $device, against the CPU; a row's bits for every M at real shapes"
-    must 40 env SPURION_TEST_DEVICE="$device" SPURION_TEST_SHAPES=real build/cuda/bin/test_twin
-
-    step "compute-sanitizer, all at once"
-    for tool in memcheck racecheck; do
-        for t in $ops; do
-            must 4 timeout 240 env SPURION_TEST_DEVICE="$device" compute-sanitizer --tool $tool --error-exitcode 9 build/cuda/bin/test_$t &
-        done
-    done
-    wait
+    on_gpu 40 env SPURION_TEST_DEVICE="$device" SPURION_TEST_SHAPES=real "$bin/test_twin"
 
     step "whole models on $device: stored cases, the contract's example cases"
-    local python=${SPURION_PYTHON:-python3}
-    export SPURIOND=$PWD/build/cuda/bin/spuriond SPURION_ENGINE_DEVICE=$device
+    export SPURIOND=$bin/spuriond SPURION_PROBE=$bin/spurion-probe SPURION_ENGINE_DEVICE=$device
     must 80 "$python" tests/golden/test_stored.py
     must 120 "$python" tests/golden/example_cases.py "$SPURION_SHARED/data/example_cases" gptj llama refused qwen3
-    must 30 build/cuda/bin/spuriond check --config tests/golden/stored/small-llama/config.yaml
+    must 30 "$bin/spuriond" check --config tests/golden/stored/small-llama/config.yaml
+    step "whole models of every family on $device against transformers on $device, and against themselves in other company"
+    must 60 env TRANSFORMERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1 "$python" tests/golden/device_parity.py --device "$device" "${tiny[@]}"
 
-    step "done: $(wc -l <"$failed") failures"
+    step "compute-sanitizer"
+    sanitize
+
+    step "done: $(wc -l <"$failed") failures$([ $rehearse = 0 ] || echo "; a REHEARSAL on the CPU")"
     cat "$failed"
     return $(($(wc -l <"$failed") > 0))
 }

@@ -130,16 +130,18 @@ def write_rollouts(folder: Path, work: Work, rows: list[dict]) -> Path:
 
 
 def configure(folder: Path, name: str, shape: dict, kind: str, dtype: str = "bf16", threads: int = 2, tokens_max: int = 16384,
-              saes: list[tuple[str, str]] | None = None, catalogue: str = "catalogue.jsonl", more: str = "") -> Path:
-    """Writes a configuration. saes: (folder below the case, hook); default the one at half depth, none for reward only."""
+              saes: list[tuple[str, str]] | None = None, catalogue: str = "catalogue.jsonl", more: str = "", engine: dict | None = None) -> Path:
+    """Writes a configuration. saes: (folder below the case, hook); default the one at half depth, none for reward only. engine: what stands
+    there instead of the CPU's."""
     if saes is None:
         saes = [] if kind == "reward" else [("saes/mid", hook_of(shape))]
+    keys = {"threads": threads, "tokens_max": tokens_max, "memory_max": "12GiB", **(engine or {})}
     method = {"attr": "grad", "reward": "none", "ig": "ig", "flag": "grad", "silent": "none"}[kind]
     listed = "".join(f"\n- {{id: s{n}, path: {path}, hook: {hook}}}" for n, (path, hook) in enumerate(saes))
     text = (f"model: {{path: model, dtype: {dtype}}}\n" + (f"saes:{listed}\n" if saes else "") +
             f"attribution: {{method: {method}, when: {'flagged' if kind == 'flag' else 'all'}, l0_mean: {'flagged' if kind == 'flag' else 'all'}, "
             f"ig_steps: {IG_STEPS}, top: 32}}\n"
-            f"catalogue: {catalogue}\nengine: {{threads: {threads}, tokens_max: {tokens_max}, memory_max: 12GiB}}\n{more}")
+            f"catalogue: {catalogue}\nengine: {{{', '.join(f'{k}: {v}' for k, v in keys.items())}}}\n{more}")
     if kind == "flag":  # 0: every rollout in which one of the family's features is active is flagged, and explained
         text += "rules:\n" + "".join(f"- {{id: {f}, families: [{f}], effect_min: 0}}\n" for f in RULE_FAMILIES)
     path = folder / f"{name}.yaml"

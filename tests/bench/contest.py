@@ -3,10 +3,11 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import case
-from judge import Judge, rows_of
+from judge import Judge, mean, rows_of
 
 LIMITS = {  # worst allowed difference from `expert`: reward in sd, sum relative to sd + |sum|, least share of equal top features
     "f32": (2e-3, 5e-3, 0.9),
@@ -17,11 +18,11 @@ LIMITS = {  # worst allowed difference from `expert`: reward in sd, sum relative
 class Worker:
     """The PyTorch process that runs every peer."""
 
-    def __init__(self, folder: Path):
-        command = [sys.executable, str(case.HERE / "peers.py"), "--case", str(folder)]
+    def __init__(self, folder: Path, device: str = "cpu", threads: int = 2):
+        command = [sys.executable, str(case.HERE / "peers.py"), "--case", str(folder), "--device", device, "--threads", str(threads)]
         self.dtype = "f32"
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=case.environment())
-        self._answer()
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=case.environment(threads))
+        self.versions = self._answer()
 
     def ask(self, peer: str, **question) -> dict:
         self.process.stdin.write(json.dumps({"peer": peer, "dtype": self.dtype, **question}) + "\n")
@@ -41,6 +42,15 @@ class Worker:
 
 def compare(results: dict[str, list[dict]], dtype: str, sd: float) -> dict:
     """Every contestant must have done the same job as `expert`: raises RuntimeError where one did not. Returns the worst differences."""
+    worst = differences(results, dtype, sd)
+    for name, found in worst.items():
+        if not found.pop("agrees"):
+            raise RuntimeError(f"{name} does another job than expert in {dtype}: {found}; limits {LIMITS[dtype]}")
+    return worst
+
+
+def differences(results: dict[str, list[dict]], dtype: str, sd: float) -> dict:
+    """Worst differences of every contestant from `expert`, and whether they are within the limits."""
     want, worst = results["expert"], {}
     reward_limit, sum_limit, common_least = LIMITS[dtype]
     for name, rows in results.items():
@@ -54,9 +64,7 @@ def compare(results: dict[str, list[dict]], dtype: str, sd: float) -> dict:
                 good = good and found[key] <= sum_limit
             found["top_features_shared"] = min(len(set(a["features"]) & set(b["features"])) for a, b in zip(want, rows)) / len(want[0]["features"])
             good = good and found["top_features_shared"] >= common_least
-        if not good:
-            raise RuntimeError(f"{name} does another job than expert in {dtype}: {found}; limits {LIMITS[dtype]}")
-        worst[name] = found
+        worst[name] = {**found, "agrees": good}
     return worst
 
 
@@ -68,7 +76,7 @@ def check_equal(context: dict, works: list[case.Work], dtype: str, worker: Worke
             continue
         members = min(work.group, 1 if work.kind == "ig" else 2)
         rows = case.some(case.rollouts(context["shape"], work.prompt, work.completion, work.group, work.groups), members)
-        config = case.configure(context["folder"], f"check-{work.name}-{dtype}", context["shape"], work.kind, dtype)
+        config = case.configure(context["folder"], f"check-{work.name}-{dtype}", context["shape"], work.kind, dtype, engine=context.get("engine"))
         ours = Judge(context["program"], config)
         try:
             results = {"spurion": rows_of(ours.run(rows)[1])}
@@ -83,51 +91,74 @@ def check_equal(context: dict, works: list[case.Work], dtype: str, worker: Worke
     return out
 
 
-def contest(context: dict, work: case.Work, worker: Worker, rounds: int, compiles: bool) -> dict:
-    """One unmeasured run each, then rounds in turns."""
+def apart(rows: list[dict]) -> list[dict]:
+    """The same rollouts, each a group of its own: nothing is shared."""
+    return [{**r, "group": f"{r['group']} {r['id']}"} for r in rows]
+
+
+def contest(context: dict, work: case.Work, worker: Worker, rounds: int, compiles: bool, ours: Judge | None = None) -> dict:
+    """One unmeasured run each, then rounds in turns. ours: a Spurion that is loaded already. context["deadline"] (time.monotonic) ends the rounds."""
     rows = case.rollouts(context["shape"], work.prompt, work.completion, work.group, work.groups)
-    config = case.configure(context["folder"], work.name, context["shape"], work.kind)
-    ours = Judge(context["program"], config)
-    result = {"times": {}, "members": {}}
+    deadline, own, result = context.get("deadline", float("inf")), ours is None, {"times": {}, "members": {}, "batch": {}, "profiles": []}
+    if own:
+        ours = Judge(context["program"], case.configure(context["folder"], work.name, context["shape"], work.kind, engine=context.get("engine")))
     try:
         asked = {"work": work.name, "kind": work.kind}
         few = min(work.group, 1 if work.kind == "ig" else 4)
-        result["tuned"] = worker.ask("expert", do="tune", members=few, compile=compiles, **asked)
+        until = time.time() + min(context.get("tune_seconds", float("inf")), deadline - time.monotonic())
+        result["tuned"] = worker.ask("expert", do="tune", members=few, compile=compiles, until=until if until < float("inf") else None, **asked)
         print(f"  {work.name}: expert keeps {result['tuned']}", file=sys.stderr)
-        for name in ("spurion", *work.peers):
+        for name in ("spurion", *(["apart"] if "apart" in work.goals else []), *work.peers):
             result["members"][name] = min(work.group, work.members.get(name, work.group))
             result["times"][name] = []
 
         def once(name):
-            if name == "spurion":
-                return ours.run(rows)[0]
+            if name in ("spurion", "apart"):
+                took = ours.run(rows if name == "spurion" else apart(rows))[0]
+                if name == "spurion":
+                    result["profiles"].append(ours.spent)
+                return took
             members = result["members"][name]
-            return worker.ask(name, do="run", members=members, **asked)["seconds"] * work.group / members
+            answer = worker.ask(name, do="run", members=members, **asked)
+            result["batch"][name] = answer["batch"]
+            return answer["seconds"] * work.group / members
 
         turns = list(result["times"])
         for name in turns:
             if name != "expert" or work.kind != "ig":  # the expert is warm from its trials
                 once(name)
+        result["profiles"].clear()
         for n in range(rounds):
+            if n > 0 and time.monotonic() + sum(times[-1] for times in result["times"].values()) > deadline:
+                result["cut"] = f"{n} of {rounds} rounds: the time for this part is over"
+                print(f"  {work.name}: cut: {result['cut']}", file=sys.stderr)
+                break
             for name in turns[n % len(turns) :] + turns[: n % len(turns)]:
                 result["times"][name].append(once(name))
                 print(f"  {work.name} round {n + 1} {name}: {result['times'][name][-1]:.3f} s", file=sys.stderr)
         few = min(work.group, 1 if work.kind == "ig" else 2)
         result["gemm"] = {peer: worker.ask(peer, do="profile", members=few, **asked) for peer in work.peers if peer != "chain"}
     finally:
-        ours.close()
-    result["profile"], result["runs"] = ours.profile, ours.turns - 1
+        if own:
+            ours.close()
+    result["runs"] = len(result["profiles"])
+    result["profile"] = mean(result.pop("profiles"), 1)  # of the measured rounds, added up
     return result
 
 
 def choose_watched(context: dict, work: case.Work, worker: Worker, count: int) -> tuple[list[int], float]:
     """Features for the catalogue so that one is active in 5 % of the rollouts: candidates by PyTorch, the choice by what spuriond finds active.
 
-    The chosen rollouts' own features first; what is missing to `count` is active nowhere. Returns them and the share found.
+    The chosen rollouts' own features first; what is missing to `count` is active nowhere. Returns them and the share found. With context["margin"]
+    PyTorch alone chooses, by features that are active, or not, with that much to spare (a load of the model less).
     """
     rows = case.rollouts(context["shape"], work.prompt, work.completion, work.group, work.groups)
     targets = max(1, round(0.05 * work.rollouts))
-    found = worker.ask("expert", do="rare", work=work.name, kind="reward", members=work.group, targets=targets)
+    margin = context.get("margin", 0.0)
+    found = worker.ask("expert", do="rare", work=work.name, kind="reward", members=work.group, targets=targets, margin=margin)
+    if margin:
+        chosen = [f for features in found["features"] for f in features[: count // targets]]
+        return chosen + found["silent"][: count - len(chosen)], targets / work.rollouts
     places = set(found["places"])
     candidates = sorted({f for features in found["features"] for f in features[: 4 * count]} | set(found["silent"][: 4 * count]))
     case.write_catalogue(context["folder"] / "candidates.jsonl", candidates)
@@ -153,31 +184,41 @@ def choose_watched(context: dict, work: case.Work, worker: Worker, count: int) -
     return chosen, share
 
 
-def flagging(context: dict, work: case.Work, worker: Worker, rounds: int, count: int) -> dict:
-    """`when: flagged` against our own reward only, on the same rollouts."""
-    rows = case.rollouts(context["shape"], work.prompt, work.completion, work.group, work.groups)
+def flagging(context: dict, work: case.Work, worker: Worker, rounds: int, count: int, reward_only: Judge | None = None) -> dict:
+    """`when: flagged` against our own reward only, on the same rollouts. reward_only: one that is loaded already."""
+    rows, engine = case.rollouts(context["shape"], work.prompt, work.completion, work.group, work.groups), context.get("engine")
     case.write_rollouts(context["folder"], work, rows)
     chosen, share = choose_watched(context, work, worker, count)
     case.write_catalogue(context["folder"] / "watched.jsonl", chosen)
-    configs = {"spurion": case.configure(context["folder"], work.name, context["shape"], "flag", catalogue="watched.jsonl"),
-               "reward only": case.configure(context["folder"], f"{work.name}-reward", context["shape"], "reward")}
-    judges, times = {}, {}
+    configs = {"spurion": case.configure(context["folder"], work.name, context["shape"], "flag", catalogue="watched.jsonl", engine=engine)}
+    judges, times, deadline, cut = {}, {}, context.get("deadline", float("inf")), None
+    if reward_only is None:
+        configs["reward only"] = case.configure(context["folder"], f"{work.name}-reward", context["shape"], "reward", engine=engine)
+    else:
+        judges["reward only"], times["reward only"] = reward_only, []
     try:
         for name, config in configs.items():
             judges[name], times[name] = Judge(context["program"], config, name), []
         verdicts = {name: j.run(rows)[1] for name, j in judges.items()}
         if any(a["reward"] != b["reward"] for a, b in zip(verdicts["spurion"], verdicts["reward only"])):
             raise RuntimeError("flagging: expected the rewards of `reward only` bit for bit, found others")
-        flagged = sum(bool(v["flags"]) for v in verdicts["spurion"])
+        flagged, profiles = sum(bool(v["flags"]) for v in verdicts["spurion"]), {name: [] for name in judges}
         for n in range(rounds):
+            if n > 0 and time.monotonic() + sum(t[-1] for t in times.values()) > deadline:
+                cut = f"{n} of {rounds} rounds: the time for this part is over"
+                break
             for name in list(judges)[:: 1 if n % 2 else -1]:
                 times[name].append(judges[name].run(rows)[0])
+                profiles[name].append(judges[name].spent)
                 print(f"  {work.name} round {n + 1} {name}: {times[name][-1]:.3f} s", file=sys.stderr)
     finally:
-        for j in judges.values():
-            j.close()
+        for name in configs:
+            if name in judges:
+                judges[name].close()
+    times = {name: times[name] for name in ("spurion", "reward only")}
     return {"times": times, "members": dict.fromkeys(times, work.group), "watched": len(chosen), "active_share": share, "flagged": flagged,
-            "rollouts": len(rows), "profile": judges["spurion"].profile, "profile_reward_only": judges["reward only"].profile, "runs": rounds + 1}
+            "rollouts": len(rows), "profile": mean(profiles["spurion"], 1), "profile_reward_only": mean(profiles["reward only"], 1),
+            "runs": len(times["spurion"]), **({"cut": cut} if cut else {})}
 
 
 def run(context: dict, works: list[case.Work], rounds: int, compiles: bool, save) -> dict:

@@ -10,16 +10,21 @@ BATCH_TOKENS = 2048  # a short shape is repeated until a run holds this many
 
 
 def point(context: dict, name: str, x: int, prompt: int, completion: int, group: int, reps: int, **options) -> dict:
-    groups = 1 if context["tiny"] else max(1, BATCH_TOKENS // (prompt + group * completion))
+    """judge: one that is loaded already; else one of its own, by the options."""
+    groups = 1 if context["tiny"] else max(1, context.get("batch_tokens", BATCH_TOKENS) // (prompt + group * completion))
     rows = case.rollouts(context["shape"], prompt, completion, group, groups)
-    config = case.configure(context["folder"], f"curve-{name}-{x}", context["shape"], "attr", **options)
-    judge = Judge(context["program"], config)
+    judge = options.pop("judge", None)
+    own = judge is None
+    if own:
+        config = case.configure(context["folder"], f"curve-{name}-{x}", context["shape"], "attr", engine=context.get("engine"), **options)
+        judge = Judge(context["program"], config)
     try:
         judge.run(rows)
         tokens = groups * group * completion
         times = [judge.run(rows)[0] / tokens for _ in range(reps)]
     finally:
-        judge.close()
+        if own:
+            judge.close()
     print(f"  {name} {x}: {statistics.median(times) * 1e6:.1f} us a completion token", file=sys.stderr)
     return {"x": x, "prompt": prompt, "completion": completion, "group": group, "groups": groups, "us": [t * 1e6 for t in times]}
 

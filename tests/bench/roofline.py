@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import case
-from judge import Judge
+from judge import Judge, mean
 
 SQUARE = 2048  # the products of the roof
 
@@ -16,7 +16,8 @@ def shapes(shape: dict, work: case.Work) -> list[tuple[str, str, int, int, int, 
     q, kv, layers = shape["num_attention_heads"] * hd, 2 * shape["num_key_value_heads"] * hd, shape["num_hidden_layers"]
     own = work.rollouts * work.completion
     rows = own + work.groups * work.prompt
-    linears = [("q", q, d), ("k, v", kv, d), ("o", d, q), ("gate, up", 2 * ff, d), ("down", d, ff)]
+    gated = shape.get("family", "llama") != "gptj"
+    linears = [("q", q, d), ("k, v", kv, d), ("o", d, q), ("gate, up" if gated else "up", (1 + gated) * ff, d), ("down", d, ff)]
     passes = [("", rows, layers, False)] + [(", backward", own, layers - case.layer_of(shape) - 1, True)] * (work.kind == "attr")
     out = []
     for name, m, blocks, back in passes:
@@ -39,23 +40,15 @@ def ceilings(program: str, wanted: set[tuple[int, int, int, str]], seconds: floa
 
 
 def profiled(context: dict, work: case.Work, runs: int) -> dict:
-    """What one run took, by op class: the mean of `runs`, less what loading did (a process that judged nothing)."""
+    """What one run took, by op class: the mean of `runs`; loading is not in --profile."""
     rows = case.rollouts(context["shape"], work.prompt, work.completion, work.group, work.groups)
-    config = case.configure(context["folder"], f"roofline-{work.name}", context["shape"], work.kind)
-    found = []
-    for count in (0, runs):
-        judge = Judge(context["program"], config)
-        try:
-            for _ in range(count):
-                judge.run(rows)
-        finally:
-            judge.close()
-        found.append(judge.profile)
-
-    def less(a, b):
-        return {k: less(a[k], v) if isinstance(v, dict) else (v - a[k]) / runs for k, v in b.items()}
-
-    return less(*found)
+    judge = Judge(context["program"], case.configure(context["folder"], f"roofline-{work.name}", context["shape"], work.kind))
+    try:
+        for _ in range(runs):
+            judge.run(rows)
+    finally:
+        judge.close()
+    return mean([judge.profile], runs)
 
 
 def table_of(context: dict, work: case.Work, profile: dict, limits: dict) -> list[dict]:
@@ -65,7 +58,7 @@ def table_of(context: dict, work: case.Work, profile: dict, limits: dict) -> lis
     out, total = [], profile["engine_s"]
     told = sum(op["seconds"] for name, op in profile["ops"].items() if name != "move")
     for name, op in profile["ops"].items():
-        # loading moves for longer than a run, and its time varies: what no other class took is one row
+        # what no class took (packing, evidence, launches) is one row with the copies
         seconds = op["seconds"] if name != "move" else total - told
         row = {"class": name if name != "move" else "move, other", "seconds": seconds, "share": seconds / total, "flops": op["flops"],
                "bytes": op["bytes"], "ceiling": None, "by": ""}
@@ -73,7 +66,7 @@ def table_of(context: dict, work: case.Work, profile: dict, limits: dict) -> lis
         if seconds > 0 and mine:  # a product: the library's own time at these shapes, for as many FLOPs as were done
             counted = sum(2.0 * m * n * k * times for _, _, m, n, k, _, times in mine)
             best = sum(2e-9 * m * n * k * times / limits["gemm"][m, n, k, t]["gflops"] for _, _, m, n, k, t, times in mine)
-            row |= {"ceiling": best * op["flops"] / counted / seconds, "by": "oneDNN, same shapes", "flops_listed": counted}
+            row |= {"ceiling": best * op["flops"] / counted / seconds, "by": limits.get("by", "oneDNN, same shapes"), "flops_listed": counted}
         elif seconds > 0 and name != "move":
             compute, memory = op["flops"] * 1e-9 / roof["bf16"], op["bytes"] * 1e-9 / limits["copy_gbs"]
             row |= {"ceiling": max(compute, memory) / seconds, "by": "compute" if compute > memory else "copy"}

@@ -355,8 +355,9 @@ def test_judge_without_attribution_lists_the_active_spurious_features(spuriond, 
 
 
 def test_judge_profile_counts_the_work(spuriond, case):
-    done = run(spuriond, "judge", "--config", case / "config.yaml", "--profile", stdin=line_of(id="a") + b"\n" + line_of(id="b", completion="") + b"\n")
-    profile = json.loads(done.stderr.decode().splitlines()[-1])
+    done = run(spuriond, "judge", "--config", case / "config.yaml", "--profile=each", stdin=line_of(id="a") + b"\n" + line_of(id="b", completion="") + b"\n")
+    first, profile = (json.loads(line) for line in done.stderr.decode().splitlines() if line.startswith("{"))
+    assert first["ops"] == profile["ops"] and first["load_s"] == 0
     verdict = json.loads(done.stdout.splitlines()[0])
     assert profile["rollouts"] == 1 and profile["refused"] == 1 and profile["tokens"] == verdict["token_count"]
     assert profile["load_s"] > 0 and profile["engine_s"] > 0
@@ -373,6 +374,7 @@ def test_judge_exit_statuses(spuriond, case, tmp_path):
     assert run(spuriond, "judge").returncode == 64
     assert run(spuriond, "judge", "--config", config, "extra").returncode == 64
     assert run(spuriond, "judge", "--config", config, "--no-such-option").returncode == 64
+    assert run(spuriond, "judge", "--config", config, "--profile=all").returncode == 64
     assert run(spuriond, "judge", "--config", tmp_path / "none.yaml").returncode == 78
     assert run(spuriond, "check", "--config", config, "--set", "engine.thread=1").returncode == 78
     assert run(spuriond, "--help").returncode == 0 and b"exit status" in run(spuriond, "--help").stdout

@@ -366,6 +366,17 @@ def test_run_answers_questions(up, m):
 
 # ---- leaving ----
 
+def test_run_reads_and_tokenises_while_the_engine_judges(up, m):
+    """Host work overlaps the device's: counted, not timed. Were rollouts prepared by the engine's thread, none would be while it judges."""
+    rpc, n = up.connect(), 0
+    end = time.monotonic() + 60
+    while counters(rpc)[0]["rollouts_prepared_ahead"] == 0:
+        assert time.monotonic() < end, "no rollout was prepared while others were judged"
+        assert rpc.call("Submit", m.SubmitRequest(rollouts=[short(m, "ahead", n, f"g{n}", i) for i in range(16)])).accepted == 16
+        n += 1
+    assert n > 1  # the first group finds an engine that waits
+
+
 def test_run_ends_on_sigterm_under_load(d, m):
     """Exit status 0 within five seconds; what was acknowledged is there after the next start."""
     d.start()
