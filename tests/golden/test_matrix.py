@@ -40,7 +40,8 @@ def test_matrix_table_lists_the_rows_within_tolerance():
         assert all(e == "–" or float(e) <= TOLERANCE for e in errors[:4]), cells
         for both in errors[4:]:
             ours, theirs = map(float, both.split(" / "))
-            assert 0 < theirs and ours <= BF16_ROW * bf16_limit(theirs), cells
+            assert ours <= BF16_ROW * bf16_limit(theirs), cells
+            assert theirs > 0 or (both is errors[5] and ours == 0), cells  # an effect may be nought in all ten rollouts, then in both
 
 
 def test_matrix_table_of_values_is_within_tolerance_in_bf16():
