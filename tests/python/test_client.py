@@ -6,6 +6,8 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
+import time
 
 import demo
 import numpy as np
@@ -217,3 +219,33 @@ def test_client_needs_numpy_and_protobuf_only(d):
             "print([m for m in ('torch', 'transformers', 'pandas', 'pyarrow', 'aiohttp', 'ctypes.util') if m in sys.modules])") % d.rpc
     env = dict(os.environ, PYTHONPATH=str(demo.PACKAGE))
     assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_client_submit_loses_nothing_over_kills(tmp_path):
+    """The daemon dies while batches are handed over: submit goes on when it is back, and everything that it acknowledged is judged."""
+    d = demo.Demo(tmp_path, tcp=True).start()
+    stop, restarts = threading.Event(), []
+
+    def killer():
+        while not stop.wait(0.7) and len(restarts) < 3:
+            d.kill()
+            d.start()
+            restarts.append(time.monotonic())
+    thread = threading.Thread(target=killer)
+    try:
+        with Client(d.rpc, run="handed", timeout=120) as c:
+            thread.start()
+            sent = 0
+            while len(restarts) < 3 or sent < 20:
+                group = [{"step": sent, "group": f"g{sent}", "id": str(i), "prompt": "Why?", "completion": f"Because of {sent}.{i}."} for i in range(2)]
+                done = c.submit(group)
+                assert done.accepted == 2 and not done.refused  # duplicates: stored before the kill, said once more
+                sent += 1
+            stop.set()
+            thread.join()
+            rows = demo.wait_for(lambda: len(r := c.query("handed")) >= 2 * sent and r, 120)
+            assert sorted((r.step, r.id) for r in rows) == sorted((s, str(i)) for s in range(sent) for i in range(2))
+    finally:
+        stop.set()
+        thread.join()
+        d.end()
