@@ -69,7 +69,7 @@ const char *spurion_products_isa(const spurion_products *p)
 }
 
 /* Only CPUs with their own bf16 instructions; before those oneDNN emulates, slower than f32. */
-static bool has_bf16(void)
+bool spurion_products_avx512_bf16(void)
 {
     dnnl_cpu_isa_t isa = dnnl_get_effective_cpu_isa();
     return isa == dnnl_cpu_isa_avx512_core_bf16 || isa == dnnl_cpu_isa_avx512_core_amx;
@@ -98,7 +98,7 @@ spurion_status spurion_products_create(spurion_products **out, spurion_cpu *cpu)
     /* Looked up by name: with a oneDNN on another threading runtime there is nothing to tell. */
     *(void **)&p->omp_set_num_threads = dlsym(RTLD_DEFAULT, "omp_set_num_threads");
     p->workers = cpu->dev.thread_count;
-    p->bf16 = has_bf16() && cpu->isa == SPURION_ISA_AVX512;
+    p->bf16 = spurion_products_avx512_bf16() && cpu->isa == SPURION_ISA_AVX512;
     p->streams = calloc((size_t)p->workers, sizeof *p->streams);
     if (p->streams == NULL) {
         st = spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory for the matrix library");
@@ -169,12 +169,6 @@ bool spurion_products_amx(void)
 {
     const char *off = getenv("SPURION_CPU_AMX");
     return !(off != NULL && strcmp(off, "0") == 0) && dnnl_get_effective_cpu_isa() == dnnl_cpu_isa_avx512_core_amx && spurion_amx_enable();
-}
-
-bool spurion_products_avx512_bf16(void)
-{
-    dnnl_cpu_isa_t isa = dnnl_get_effective_cpu_isa();
-    return isa == dnnl_cpu_isa_avx512_core_bf16 || isa == dnnl_cpu_isa_avx512_core_amx;
 }
 
 /* --- plans --- */
