@@ -244,11 +244,13 @@ static void describe_running(const spurion_engine *engine, const spurion_config 
 {
     size_t queue = (size_t)config->engine.queue_max, store = SPURION_STORE_BUFFER_BYTES, rest = (size_t)16 << 20;
 
-    if (config->listen.http) {
-        rest += (size_t)config->http.connections_max * SPURION_HTTP_CONNECTION_BYTES;
-    }
-    printf("running    peak resident size %zu MiB: with %zu queue of rollouts, %zu store, %zu threads, caches and connections\n",
+    printf("running    peak resident size %zu MiB: with %zu queue of rollouts, %zu store, %zu threads and caches",
            (spurion_engine_peak_bytes(engine) + queue + store + rest) >> 20, queue >> 20, store >> 20, rest >> 20);
+    if (config->listen.http) {
+        int most = config->http.connections_max;
+        printf("; %zu more with %d HTTP connections at work", ((size_t)most * SPURION_HTTP_CONNECTION_BYTES) >> 20, most);
+    }
+    printf("\n");
 }
 
 /* One line for each SAE, and what does not fit on stderr too: a check that is read by a program should not hide it. */
