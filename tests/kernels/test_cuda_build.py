@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(os.environ.get("SPURION_SOURCE", Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(SOURCE / "tests" / "tools"))
+
+from kernels_report import instructions, resources, tool  # noqa: E402
+
 SPILL_BYTES_MAX = 0     # stores and loads, of every kernel but those below
 SPILLS_ALLOWED = {"attention_f32": 128}  # plain f32 attention: exactness, not speed
 REGISTERS_MAX = 255     # what the hardware can give one thread
@@ -34,20 +38,6 @@ def built(tmp_path_factory):
     return folder, done.stdout
 
 
-def kernels(log):
-    """(mangled name, target): (registers, spill bytes) of every kernel in a build log with -res-usage."""
-    found, name, spills = {}, None, 0
-    for line in log.splitlines():
-        if m := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
-            name, spills = m.groups(), 0
-        elif (m := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line)) and name:
-            spills = int(m[1]) + int(m[2])
-        elif (m := re.search(r"Used (\d+) registers", line)) and name:
-            found[name] = (int(m[1]), spills)
-            name = None
-    return found
-
-
 def test_cuda_links_and_the_daemon_holds_both_engines(built):
     folder, _ = built
     done = subprocess.run([folder / "bin" / "spuriond", "version"], capture_output=True, text=True)
@@ -63,7 +53,7 @@ def test_cuda_table_has_no_hole(built):
 
 
 def test_cuda_kernels_do_not_spill(built):
-    found = kernels(built[1])
+    found = {k: v[:2] for k, v in resources(built[1]).items()}
     targets = {target for _, target in found}
     assert {"sm_80", "sm_90a"} <= targets, targets
     for name in ("forward_kernel", "keys_kernel", "queries_kernel"):
@@ -78,33 +68,17 @@ def test_cuda_kernels_do_not_spill(built):
     assert not bad, bad
 
 
-def disassembler():
-    places = [shutil.which("cuobjdump"), "/usr/local/cuda/bin/cuobjdump"]
-    places += [str(Path(p) / "triton" / "backends" / "nvidia" / "bin" / "cuobjdump") for p in sys.path]
-    return next((p for p in places if p and os.path.exists(p)), None)
-
-
 @pytest.mark.parametrize("file", TENSOR)
 def test_cuda_attention_holds_tensor_core_instructions(built, file):
-    tool = disassembler()
-    if tool is None:
+    """Products on tensor cores from fragments that ldmatrix brings, keys and queries by copies that run along, nothing in local memory."""
+    if tool("cuobjdump") is None:
         pytest.skip("needs cuobjdump and nvdisasm")
     objects = list(built[0].rglob(f"{file}.o"))
     assert len(objects) == 1, objects
-    env = {**os.environ, "PATH": f"{Path(tool).parent}:{os.environ['PATH']}"}
-    text = subprocess.run([tool, "-sass", str(objects[0])], capture_output=True, text=True, env=env)
-    assert text.returncode == 0, text.stderr
-    counts, name = {}, None
-    for line in text.stdout.splitlines():
-        if m := re.search(r"Function : (\S+)", line):
-            name = m[1]
-        elif name and re.search(r"\bHMMA\.16816\.F32\.BF16\b", line):
-            counts[name] = counts.get(name, 0) + 1
-        elif name and re.search(r"\b(STL|LDL)\b", line):
-            counts[name + " local"] = counts.get(name + " local", 0) + 1
+    counts = instructions(objects[0])
+    assert not [k for k, c in counts.items() if c["local"] > 0], counts
     for kernel in TENSOR[file]:
         for hd in HEAD_DIMS:
-            here = [n for k, n in counts.items() if f"{kernel}ILi{hd}E" in k and not k.endswith(" local")]
-            # 64 x 64 scores and their product with 64 rows: per warp hd / 16 steps of 8 tiles, and 4 steps of hd / 8 tiles
-            assert here and min(here) >= hd // 16 * 4, f"{kernel}<{hd}>: {here} tensor-core instructions"
-    assert not [k for k in counts if k.endswith(" local")], "local memory in " + ", ".join(k for k in counts if k.endswith(" local"))
+            here = [c for k, c in counts.items() if f"{kernel}ILi{hd}E" in k]
+            # 16 queries by 32 keys at least: per warp hd / 16 steps of 4 tiles, and 2 steps of hd / 8 tiles; one ldmatrix for at most 4 mma
+            assert here and all(c["mma"] >= hd // 2 and c["ldmatrix"] >= c["mma"] // 4 and c["cp.async"] >= 4 for c in here), f"{kernel}<{hd}>: {here}"
