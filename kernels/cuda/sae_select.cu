@@ -405,7 +405,7 @@ static __device__ inline int select_top(room *r, const spurion_select &a, float 
     return list_largest(r, a, t, a.weight != NULL ? r->group : r->value, count);
 }
 
-static __global__ void __launch_bounds__(THREADS, 4) top_kernel(spurion_select a)
+static __global__ void __launch_bounds__(THREADS, 3) top_kernel(spurion_select a)
 {
     __shared__ room r;
     size_t t = blockIdx.x;
