@@ -62,8 +62,10 @@ def published(up):
     """Run "pub": what the stored case holds (some of it is flagged), published once."""
     rollouts = [a for a, _ in up.rollouts()]
     out, err = spurion(up, "publish", "--run", "pub", "--producer", "p1", "--json", stdin=jsonl(rollouts))
-    assert json.loads(out) == {"published": len(rollouts), "batches": json.loads(out)["batches"], "stored_through": json.loads(out)["batches"],
-                               "refilled": 0, "dropped": 0, "unreadable": 0}, err
+    told = json.loads(out)
+    assert told == {"published": len(rollouts), "batches": told["batches"], "stored_through": told["batches"], "refilled": told["refilled"],
+                    "dropped": 0, "unreadable": 0}, err
+    assert 0 <= told["refilled"] <= told["batches"]  # what went out before the daemon's socket was there came again, and is stored all the same
     return rollouts
 
 

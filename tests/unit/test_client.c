@@ -354,7 +354,7 @@ static _Noreturn void serve(fake *f, nng_socket rep, nng_socket sub, nng_socket 
 /* The daemon's process. told: gets a byte when it listens. */
 static _Noreturn void fake_run(fake *f, int told)
 {
-    nng_socket rep, sub, pub;
+    nng_socket rep = NNG_SOCKET_INITIALIZER, sub = NNG_SOCKET_INITIALIZER, pub = NNG_SOCKET_INITIALIZER;
 
     (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
     for (int fd = 3; fd < 64; fd++) { /* the client's connections are the test's */
