@@ -348,6 +348,7 @@ spurion_status spurion_codec_encode_sync_reply(spurion_bytes *out, const spurion
     set_ranges(&r.pending_first, &r.n_pending_first, &r.pending_last, &r.n_pending_last, &w, in->pending, in->pending_count);
     WIRE_SET(&r, lost_messages, in->lost_messages);
     WIRE_SET(&r, lost_rollouts, in->lost_rollouts);
+    WIRE_SET(&r, takes_fixed_ids, 1);
     return wire_pack(out, &w, &r.base);
 }
 

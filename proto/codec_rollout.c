@@ -36,10 +36,29 @@ spurion_status wire_rollout_pack(Spurion__V1__Rollout **out, wire *w, const spur
     return spurion_ok();
 }
 
-void wire_rollout_unpack(spurion_rollout *out, const Spurion__V1__Rollout *in)
+/* Ids come as varints or as fixed 32 bits; who sends both forms of one list would leave open which of them is meant. */
+static spurion_status unpack_ids(spurion_rollout *out, const Spurion__V1__Rollout *in)
 {
     static const int32_t no_ids[1];
+    bool prompt_fixed = in->n_prompt_ids_fixed > 0, completion_fixed = in->n_completion_ids_fixed > 0;
+    size_t prompt = prompt_fixed ? in->n_prompt_ids_fixed : in->n_prompt_ids;
+    size_t completion = completion_fixed ? in->n_completion_ids_fixed : in->n_completion_ids;
 
+    if ((prompt_fixed && in->n_prompt_ids > 0) || (completion_fixed && in->n_completion_ids > 0)) {
+        const char *what = prompt_fixed && in->n_prompt_ids > 0 ? "prompt_ids" : "completion_ids";
+        return spurion_error(SPURION_INVALID_ARGUMENT, "%s: expected them in one form, found %s and %s_fixed", what, what, what);
+    }
+    if (prompt > 0 || completion > 0) {
+        out->prompt_ids = prompt == 0 ? no_ids : prompt_fixed ? in->prompt_ids_fixed : in->prompt_ids;
+        out->completion_ids = completion == 0 ? no_ids : completion_fixed ? in->completion_ids_fixed : in->completion_ids;
+        out->prompt_id_count = (int32_t)prompt;
+        out->completion_id_count = (int32_t)completion;
+    }
+    return spurion_ok();
+}
+
+spurion_status wire_rollout_unpack(spurion_rollout *out, const Spurion__V1__Rollout *in)
+{
     memset(out, 0, sizeof *out);
     out->run = WIRE_GET_BYTES(in, run);
     out->step = in->has_step ? in->step : -1;
@@ -48,12 +67,6 @@ void wire_rollout_unpack(spurion_rollout *out, const Spurion__V1__Rollout *in)
     out->attempt = in->attempt;
     out->prompt = WIRE_GET_BYTES(in, prompt);
     out->completion = WIRE_GET_BYTES(in, completion);
-    if (in->n_prompt_ids > 0 || in->n_completion_ids > 0) {
-        out->prompt_ids = in->n_prompt_ids > 0 ? in->prompt_ids : no_ids;
-        out->completion_ids = in->n_completion_ids > 0 ? in->completion_ids : no_ids;
-        out->prompt_id_count = (int32_t)in->n_prompt_ids;
-        out->completion_id_count = (int32_t)in->n_completion_ids;
-    }
     /* A trainer's "no reward" is NaN in most frameworks. */
     out->has_trainer_reward = in->has_trainer_reward && !isnan(in->trainer_reward);
     out->trainer_reward = out->has_trainer_reward ? in->trainer_reward : 0.0f;
@@ -61,6 +74,7 @@ void wire_rollout_unpack(spurion_rollout *out, const Spurion__V1__Rollout *in)
     out->group_size = in->group_size;
     out->messages = WIRE_GET_BYTES(in, messages);
     out->text_form = in->text_form < SPURION_FORM_COUNT ? (spurion_text_form)in->text_form : (spurion_text_form)SPURION_FORM_COUNT;
+    return unpack_ids(out, in);
 }
 
 spurion_status spurion_codec_encode_rollout(spurion_bytes *out, const spurion_memory *m, const spurion_rollout *in)
@@ -86,7 +100,7 @@ spurion_status spurion_codec_decode_rollout(spurion_rollout *out, const spurion_
     memset(out, 0, sizeof *out);
     wire_init(&w, m);
     SPURION_TRY(st, wire_unpack(&message, &w, &spurion__v1__rollout__descriptor, in));
-    wire_rollout_unpack(out, (const Spurion__V1__Rollout *)message);
+    SPURION_TRY(st, wire_rollout_unpack(out, (const Spurion__V1__Rollout *)message));
     SPURION_TRY(st, spurion_rollout_check(out));
 out:
     return st;
@@ -156,8 +170,10 @@ static spurion_status unpack_list(spurion_rollouts *out, wire *w, Spurion__V1__R
     }
     for (size_t i = 0; i < n; i++) {
         spurion_status bad;
-        wire_rollout_unpack(&rollouts[i], in[i]);
-        bad = spurion_rollout_check(&rollouts[i]);
+        bad = wire_rollout_unpack(&rollouts[i], in[i]);
+        if (bad.code == SPURION_OK) {
+            bad = spurion_rollout_check(&rollouts[i]);
+        }
         if (bad.code == SPURION_OK && run.data != NULL &&
             (run.size != rollouts[i].run.size || memcmp(run.data, rollouts[i].run.data, run.size) != 0)) {
             bad = spurion_error(SPURION_INVALID_ARGUMENT, "run: expected the run of its message, found another one");

@@ -772,7 +772,7 @@ spurion_status spurion_codec_decode_record(spurion_record *out, const spurion_me
         return spurion_error(SPURION_INVALID_ARGUMENT, "Record: expected a rollout and a verdict, found %s",
                              r->rollout == NULL ? "no rollout" : "no verdict");
     }
-    wire_rollout_unpack(&out->rollout, r->rollout);
+    SPURION_TRY(st, wire_rollout_unpack(&out->rollout, r->rollout));
     SPURION_TRY(st, unpack_verdict(&out->verdict, &w, r->verdict));
     out->time_ms = r->time_ms;
 out:

@@ -140,6 +140,13 @@ static bool skip(cursor *inner, cursor *c, unsigned wire_type)
     return true;
 }
 
+/* Whether a packed list of 32-bit words has a length that no such list has. */
+static bool broken_words(const ProtobufCFieldDescriptor *f, cursor c)
+{
+    bool words = f->type == PROTOBUF_C_TYPE_SFIXED32 || f->type == PROTOBUF_C_TYPE_FIXED32 || f->type == PROTOBUF_C_TYPE_FLOAT;
+    return words && (c.end - c.at) % 4 != 0;
+}
+
 /* A list of the singular sub-messages seen in one message would be needed to refuse a second one; their numbers are below 64. */
 static spurion_status check_bytes(size_t *fields, cursor c, const ProtobufCMessageDescriptor *d, int depth)
 {
@@ -163,6 +170,10 @@ static spurion_status check_bytes(size_t *fields, cursor c, const ProtobufCMessa
             return spurion_error(SPURION_INVALID_ARGUMENT, "%s: expected a protobuf message, found broken bytes", name);
         }
         f = protobuf_c_message_descriptor_get_field(d, (unsigned)(key >> 3));
+        if (f != NULL && (key & 7) == 2 && broken_words(f, inner)) {
+            return spurion_error(SPURION_INVALID_ARGUMENT, "%s.%s: expected a multiple of 4 bytes, found %zu", name, f->name,
+                                 (size_t)(inner.end - inner.at));
+        }
         if (f == NULL || f->type != PROTOBUF_C_TYPE_MESSAGE) {
             continue;
         }

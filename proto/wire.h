@@ -83,6 +83,7 @@ static inline float wire_to_nan(spurion_opt_float o)
 
 /* Parts that several messages hold (codec_rollout.c). */
 spurion_status wire_rollout_pack(Spurion__V1__Rollout **out, wire *w, const spurion_rollout *in) SPURION_MUST_USE;
-void wire_rollout_unpack(spurion_rollout *out, const Spurion__V1__Rollout *in);
+/* INVALID_ARGUMENT where a list of ids comes in two forms; everything else stands in out then as well. */
+spurion_status wire_rollout_unpack(spurion_rollout *out, const Spurion__V1__Rollout *in) SPURION_MUST_USE;
 
 #endif

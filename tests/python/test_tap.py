@@ -165,7 +165,7 @@ def test_tap_says_the_rest_when_the_process_ends(d):
 
 
 def test_tap_bytes_are_protobufs():
-    """What is packed by hand unpacks to the same message; without token ids, whose varints are filled up, to the same bytes."""
+    """What is packed by hand unpacks to the same message, token ids as fixed words; without ids, and in the form for older daemons, to the same bytes."""
     import numpy as np
 
     from spurion import _encode, _messages as m
@@ -185,18 +185,49 @@ def test_tap_bytes_are_protobufs():
         for x in items:
             pack(x, b"r", wanted.rollouts.add())
         data = _encode.tap(b"r", b"p", (1 << 63) - 1, 300, _encode.rollouts(items, b"r"), 7)
-        assert m.Tap.FromString(data) == wanted and (items is not texts or data == wanted.SerializeToString())
-    for make in (list, np.array, lambda x: np.array(x)[::-1]):
-        with pytest.raises(InvalidArgument, match=f"integers of 32 bits, found {1 << 40}"):
-            _encode.rollouts([{"prompt_ids": [1]}, {"prompt_ids": make([3, 1 << 40])}], b"r")
-        with pytest.raises(InvalidArgument, match=f"integers of 32 bits, found {1 << 31}"):
-            _encode.rollouts([{"prompt_ids": make([3, 1 << 31])}], b"r")
+        older = wanted.SerializeToString()
+        assert _encode.without_fixed_ids(data) == older and (items is not texts or data == older)
+        for r in wanted.rollouts:
+            r.prompt_ids_fixed.extend(r.prompt_ids)
+            r.completion_ids_fixed.extend(r.completion_ids)
+            r.ClearField("prompt_ids")
+            r.ClearField("completion_ids")
+        assert m.Tap.FromString(data) == wanted
+
+
+def test_tap_refuses_ids_and_names_the_rollout():
+    import numpy as np
+
+    from spurion import _encode
+
+    for make in (list, tuple, np.array, lambda x: np.array(x)[::-1]):
+        with pytest.raises(InvalidArgument, match=rf"rollout 1 \(id 'b'\): prompt_ids: expected integers of 32 bits, found {1 << 40}"):
+            _encode.rollouts([{"prompt_ids": [1]}, {"id": "b", "prompt_ids": make([3, 1 << 40])}], b"r")
+        with pytest.raises(InvalidArgument, match=rf"rollout 0 \(id '0'\): completion_ids: expected integers of 32 bits, found {1 << 31}"):
+            _encode.rollouts([{"prompt_ids": [1], "completion_ids": make([3, 1 << 31])}], b"r")
         with pytest.raises(InvalidArgument, match="from 0 on, found -1"):
             _encode.rollouts([{"prompt_ids": make([5, -1])}], b"r")
     for wrong, said in (([1, "a"], "32 bits, found 'a'"), (np.array([1.5]), "integers in one dimension, found float64"),
                         (np.array([[1]]), "in one dimension, found int64 of shape"), ([1, None], "32 bits, found None"), ([1, 2.0], "32 bits, found 2.0")):
-        with pytest.raises(InvalidArgument, match=said):
-            _encode.rollouts([{"prompt_ids": wrong}], b"r")
+        with pytest.raises(InvalidArgument, match=rf"rollout 2 \(id 'x'\): prompt_ids: .*{said}"):
+            _encode.rollouts([{"prompt_ids": [1]}, {"prompt": "p"}, {"prompt_ids": wrong, "id": "x"}], b"r")
+    with pytest.raises(InvalidArgument, match=r"rollout 1 \(id '7'\): AttributeError: 'int' object"):
+        _encode.rollouts([{"prompt": "p"}, {"prompt": 5, "id": 7}], b"r")
+
+
+def test_tap_copies_ids_at_the_call():
+    """A trainer may reuse its buffers at once, and one list may stand in many rollouts."""
+    import numpy as np
+
+    from spurion import _encode, _messages as m
+
+    ids, array = [5, 6, 7], np.array([8, 9])
+    items = [{"prompt_ids": ids, "completion_ids": array}, {"prompt_ids": ids, "completion_ids": ids}]
+    packed = _encode.rollouts(items, b"r")
+    ids[0], array[1] = 1, 2
+    out = [m.Rollout.FromString(x) for x in packed]
+    assert [list(r.prompt_ids_fixed) for r in out] == [[5, 6, 7]] * 2 and [list(r.completion_ids_fixed) for r in out] == [[8, 9], [5, 6, 7]]
+    assert [list(m.Rollout.FromString(x).prompt_ids_fixed) for x in _encode.rollouts(items, b"r")] == [[1, 6, 7]] * 2
 
 
 def test_tap_stores_ids_as_score_does(d):
@@ -205,8 +236,11 @@ def test_tap_stores_ids_as_score_does(d):
 
     ids = {"prompt_ids": [40, 300, 5], "completion_ids": [7, 1700, 12, 0]}
     with Client(**d.addresses, run="ids") as c:
-        c.publish([dict(ids, id="0"), {k: np.array(v) for k, v in ids.items()} | {"id": "1"}])
+        c.publish([dict(ids, id="0"), {k: np.array(v) for k, v in ids.items()} | {"id": "1"}])  # the daemon has said nothing yet: as varints
         c.flush(30)
-        rows = demo.wait_for(lambda: len(r := c.query("ids")) == 2 and r)
-        assert list(c.score([dict(ids, id="0"), dict(ids, id="1")]).rewards) == [r.reward for r in rows] and len({r.reward for r in rows}) == 1
-        assert list(c.get("ids", 0, "0", "1").rollout.completion_ids) == ids["completion_ids"]
+        assert c.tap._fixed_ids
+        c.publish([dict(ids, id="2"), {k: np.array(v) for k, v in ids.items()} | {"id": "3"}])  # as fixed words
+        c.flush(30)
+        rows = demo.wait_for(lambda: len(r := c.query("ids")) == 4 and r)
+        assert list(c.score([dict(ids, id=str(i)) for i in range(4)]).rewards) == [r.reward for r in rows] and len({r.reward for r in rows}) == 1
+        assert all(list(c.get("ids", 0, "0", str(i)).rollout.completion_ids) == ids["completion_ids"] for i in range(4))

@@ -145,6 +145,84 @@ static void test_codec_ids_come_back(void **state)
     assert_memory_equal(out.completion_ids, completion, sizeof completion);
 }
 
+#define NAMES_ON_WIRE "\x0a\x01r\x10\x03\x1a\x01g\x22\x01i"
+#define FIXED_PROMPT "\x7a\x04\x05\x00\x00\x00"
+#define FIXED_COMPLETION "\x82\x01\x08\x07\x00\x00\x00\xff\xff\xff\x7f"
+
+static spurion_bytes raw(const char *data, size_t size)
+{
+    spurion_bytes b = {data, size};
+    return b;
+}
+#define RAW(text) raw(text, sizeof(text) - 1)
+
+static void test_codec_fixed_ids_are_the_same_rollout(void **state)
+{
+    fixture *f = *state;
+    unsigned char one[SPURION_ROLLOUT_DIGEST_BYTES], two[SPURION_ROLLOUT_DIGEST_BYTES];
+    int32_t completion[] = {7, INT32_MAX};
+    spurion_rollout fixed, varints;
+    spurion_bytes again;
+
+    assert_ok(spurion_codec_decode_rollout(&fixed, &f->m, RAW(NAMES_ON_WIRE FIXED_PROMPT FIXED_COMPLETION)));
+    assert_int_equal(fixed.prompt_id_count, 1);
+    assert_int_equal(fixed.prompt_ids[0], 5);
+    assert_int_equal(fixed.completion_id_count, 2);
+    assert_memory_equal(fixed.completion_ids, completion, sizeof completion);
+    assert_ok(spurion_codec_encode_rollout(&again, &f->m, &fixed));
+    assert_ok(spurion_codec_decode_rollout(&varints, &f->m, again));
+    spurion_rollout_digest(one, &fixed);
+    spurion_rollout_digest(two, &varints);
+    assert_memory_equal(one, two, sizeof one);
+    assert_ok(spurion_codec_decode_rollout(&fixed, &f->m, RAW(NAMES_ON_WIRE "\x42\x02\x05\x06" FIXED_COMPLETION))); /* each list in its form */
+    assert_int_equal(fixed.prompt_id_count, 2);
+    assert_int_equal(fixed.completion_id_count, 2);
+    assert_ok(spurion_codec_decode_rollout(&fixed, &f->m, RAW(NAMES_ON_WIRE FIXED_COMPLETION)));
+    assert_non_null(fixed.prompt_ids); /* no prompt token, but ids all the same */
+    assert_int_equal(fixed.prompt_id_count, 0);
+}
+
+static void test_codec_fixed_ids_are_checked(void **state)
+{
+    fixture *f = *state;
+    spurion_rollout out;
+
+    assert_refused(spurion_codec_decode_rollout(&out, &f->m, RAW(NAMES_ON_WIRE FIXED_PROMPT FIXED_COMPLETION "\x42\x01\x05")),
+                   SPURION_INVALID_ARGUMENT, "prompt_ids: expected them in one form, found prompt_ids and prompt_ids_fixed");
+    assert_refused(spurion_codec_decode_rollout(&out, &f->m, RAW(NAMES_ON_WIRE FIXED_PROMPT FIXED_COMPLETION "\x4a\x01\x05")),
+                   SPURION_INVALID_ARGUMENT, "found completion_ids and completion_ids_fixed");
+    assert_refused(spurion_codec_decode_rollout(&out, &f->m, RAW(NAMES_ON_WIRE FIXED_PROMPT "\x82\x01\x07\x07\x00\x00\x00\x05\x00\x00")),
+                   SPURION_INVALID_ARGUMENT, "completion_ids_fixed: expected a multiple of 4 bytes, found 7");
+    assert_refused(spurion_codec_decode_rollout(&out, &f->m, RAW(NAMES_ON_WIRE "\x82\x01\x08\x07\x00\x00\x00\xfe\xff\xff\xff")),
+                   SPURION_INVALID_ARGUMENT, "completion_ids: expected token ids >= 0, found -2 at place 1");
+    assert_refused(spurion_codec_decode_rollout(&out, &f->m, RAW(NAMES_ON_WIRE "\x32\x01p" FIXED_COMPLETION)), SPURION_INVALID_ARGUMENT, "found both");
+    assert_refused(spurion_codec_decode_rollout(&out, &f->m, RAW(NAMES_ON_WIRE FIXED_PROMPT)), SPURION_INVALID_ARGUMENT, "empty completion");
+}
+
+/* Both forms in one rollout of a tap message: that one is refused, its neighbour is not. */
+static void test_codec_fixed_ids_refuse_one_rollout(void **state)
+{
+    fixture *f = *state;
+    static const char good[] = NAMES_ON_WIRE FIXED_PROMPT FIXED_COMPLETION, bad[] = NAMES_ON_WIRE FIXED_COMPLETION "\x4a\x01\x05";
+    char data[128] = "\x0a\x01r\x12\x01p\x18\x01\x20\x01";
+    size_t at = strlen(data);
+    spurion_tap tap;
+
+    data[at++] = 0x2a;
+    data[at++] = (char)(sizeof bad - 1);
+    memcpy(data + at, bad, sizeof bad - 1);
+    at += sizeof bad - 1;
+    data[at++] = 0x2a;
+    data[at++] = (char)(sizeof good - 1);
+    memcpy(data + at, good, sizeof good - 1);
+    at += sizeof good - 1;
+    assert_ok(spurion_codec_decode_tap(&tap, &f->m, raw(data, at)));
+    assert_int_equal(tap.list.count, 2);
+    assert_int_equal(tap.list.refusals[0].code, SPURION_INVALID_ARGUMENT);
+    assert_int_equal(tap.list.refusals[1].code, SPURION_OK);
+    assert_int_equal(tap.list.rollouts[1].completion_ids[1], INT32_MAX);
+}
+
 /* A verdict with every part filled. */
 static spurion_verdict a_verdict(void)
 {
@@ -702,6 +780,9 @@ int main(void)
         T(test_codec_request_comes_back),
         T(test_codec_rollout_comes_back),
         T(test_codec_ids_come_back),
+        T(test_codec_fixed_ids_are_the_same_rollout),
+        T(test_codec_fixed_ids_are_checked),
+        T(test_codec_fixed_ids_refuse_one_rollout),
         T(test_codec_verdict_comes_back),
         T(test_codec_record_comes_back),
         T(test_codec_joined_verdicts_are_a_score_reply),

@@ -103,7 +103,8 @@ def pack_all(rollouts: Iterable[Rollout | Mapping[str, Any]], run: str | None, a
 def unpack(r: Any) -> Rollout:
     """A rollout out of the wire's message."""
     text = {k: getattr(r, k).decode("utf-8", "replace") if r.HasField(k) else None for k in ("prompt", "completion")}
-    return Rollout(text["prompt"], text["completion"], list(r.prompt_ids) or None, list(r.completion_ids) or None, r.run.decode(), r.step,
+    return Rollout(text["prompt"], text["completion"], list(r.prompt_ids or r.prompt_ids_fixed) or None,
+                   list(r.completion_ids or r.completion_ids_fixed) or None, r.run.decode(), r.step,
                    r.group.decode(), r.id.decode(), r.attempt, r.trainer_reward if r.HasField("trainer_reward") else None,
                    json.loads(r.tags) if r.HasField("tags") else None, r.group_size, json.loads(r.messages) if r.HasField("messages") else None,
                    FORMS[r.text_form] if r.text_form < len(FORMS) else str(r.text_form))

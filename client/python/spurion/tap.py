@@ -102,6 +102,8 @@ class Tap:
         self._thread: threading.Thread | None = None
         self._part_on = 0
         self._asked_closing = False
+        self._fixed_ids = False  # whether the daemon said that it takes Rollout.prompt_ids_fixed; what the ring holds has them
+        self._fixed_on = 0       # the connection that batches went over last; 0: none yet
 
     def _enter(self) -> None:
         """In a forked child: the parent's ring, numbers and sockets stay the parent's."""
@@ -306,7 +308,12 @@ class Tap:
                     if not self._unsent:
                         return False
                     e = self._unsent[0]
-                    self._part, self._part_on = (e, frame_header(self._pub.address.ipc, len(e.data)) + e.data, 0), self._pub.opened
+                    if self._fixed_on != self._pub.opened:
+                        if self._fixed_on:  # connected anew: another daemon, perhaps an older one
+                            self._fixed_ids = False
+                        self._fixed_on = self._pub.opened
+                    data = self._spoken(e)
+                    self._part, self._part_on = (e, frame_header(self._pub.address.ipc, len(data)) + data, 0), self._pub.opened
                 e, frame, at = self._part
             try:
                 sent = self._pub.send(memoryview(frame)[at:at + SLICE])
@@ -323,6 +330,10 @@ class Tap:
                         self._unsent.popleft()
             if not sent:
                 return False
+
+    def _spoken(self, e: _Entry) -> bytes:
+        """A batch in the form that this daemon reads; as long as it has not said which, in the oldest."""
+        return e.data if self._fixed_ids else _encode.without_fixed_ids(e.data)
 
     def _sync_request(self) -> bytes:
         with self._lock:
@@ -345,7 +356,7 @@ class Tap:
             if any(a <= e.sequence <= b for a, b in missing):
                 if count and size + len(e.data) > FILL_BYTES:
                     break
-                q.taps.append(e.data)
+                q.taps.append(self._spoken(e))
                 size, count = size + len(e.data), count + 1
         self.refilled += count
         if not count:
@@ -367,6 +378,7 @@ class Tap:
         with self._lock:
             self._answers += 1
             self._closed_said = self._asked_closing
+            self._fixed_ids = a.takes_fixed_ids
             self.stored_through = max(self.stored_through, a.stored_through)
             while self._ring and self._ring[0].sequence <= self.stored_through:
                 self._ring_bytes -= len(self._ring.popleft().data)
