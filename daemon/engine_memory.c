@@ -18,7 +18,7 @@ spurion_status spurion_engine_out_of_memory(const char *what)
 
 static spurion_plan_input plan_input(const spurion_engine *e, int rows, int prefix)
 {
-    spurion_plan_input in = {.config = &e->model->config, .dtype = e->dev->dtype, .rows = rows, .prefix = prefix, .lowest_point = e->lowest,
+    spurion_plan_input in = {.config = &e->model->config, .dtype = e->dev->dtype, .mid = e->dev->mid, .rows = rows, .prefix = prefix, .lowest_point = e->lowest,
                              .gradients = e->gradients, .variants = e->variants, .chunk = e->dev->row_chunk};
     return in;
 }

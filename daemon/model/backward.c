@@ -41,7 +41,7 @@ static spurion_status output_gradient(const descent *g, const float *dx, const f
                                               r->m->config.norm, SPURION_OVERWRITE));
         from = r->w->c_d;
     }
-    SPURION_TRY(st, r->ops->cast(r->dev, r->w->c_h, r->d, from, r->d, n, r->d));
+    SPURION_TRY(st, r->ops->cast(r->dev, r->w->c_h, r->d, from, SPURION_F32, r->d, n, r->d));
 out:
     return st;
 }
@@ -64,10 +64,9 @@ static spurion_status mlp_backward(const descent *g, int l, const grad_part *par
         n = chunk_of(g, r0, part->rows);
         SPURION_TRY(st, output_gradient(g, part->dx + at, y->post_mlp_w, c->post_norms ? sv->mlp_raw + at : NULL,
                                         c->post_norms ? sv->mlp_stats + 2 * (size_t)r0 : NULL, n));
-        SPURION_TRY(st, r->ops->linear_backward(r->dev, r->w->c_pre, r->w->c_h, y->down, n, SPURION_OVERWRITE));
-        SPURION_TRY(st, r->ops->activation_backward(r->dev, r->w->c_act, sv->pre + (size_t)r0 * (size_t)r->pre, r->w->c_pre, n, r->ff, c->act,
-                                                    c->gated));
-        SPURION_TRY(st, r->ops->linear_backward(r->dev, r->w->c_d2, r->w->c_act, y->up, n, SPURION_OVERWRITE));
+        SPURION_TRY(st, r->ops->linear_act_backward(r->dev, r->w->c_act, r->w->c_pre, r->mid, r->w->c_h, y->down,
+                                                    spurion_row_at(sv->pre, r->mid, (size_t)r0, r->pre), n, c->act, c->gated));
+        SPURION_TRY(st, r->ops->linear_backward(r->dev, r->w->c_d2, SPURION_F32, r->w->c_act, y->up, n, SPURION_OVERWRITE));
         SPURION_TRY(st, r->ops->norm_backward(r->dev, part->dx + at, r->d, r->w->c_d2, r->d, x + at, r->d, stats + 2 * (size_t)r0, weight,
                                               spurion_plain_rows(n, r->d), c->norm, SPURION_ACCUMULATE));
     }
@@ -88,7 +87,8 @@ static spurion_status output_backward(const descent *g, int l, const grad_part *
         n = chunk_of(g, r0, part->rows);
         SPURION_TRY(st, output_gradient(g, part->dx + at, y->post_attention_w, post ? part->sv->attn_raw + at : NULL,
                                         post ? part->sv->attn_stats + 2 * (size_t)r0 : NULL, n));
-        SPURION_TRY(st, r->ops->linear_backward(r->dev, r->w->d_attention + (size_t)r0 * (size_t)r->q, r->w->c_h, y->o, n, SPURION_OVERWRITE));
+        SPURION_TRY(st, r->ops->linear_backward(r->dev, spurion_row_at(r->w->d_attention, r->mid, (size_t)r0, r->q), r->mid, r->w->c_h, y->o, n,
+                                                SPURION_OVERWRITE));
     }
 out:
     return st;
@@ -105,12 +105,12 @@ static spurion_status head_gradient(const descent *g, int stride, const float *d
     int width = heads * c->head_dim;
 
     if (!c->qk_norm) {
-        return r->ops->rope(r->dev, r->w->c_h, stride, dy, stride, positions, r->m->rope, shape, c->rot, c->rope, 1);
+        return r->ops->rope(r->dev, r->w->c_h, stride, dy, SPURION_F32, stride, positions, r->m->rope, shape, c->rot, c->rope, 1);
     }
     SPURION_TRY(st, r->ops->rope_f32(r->dev, r->w->c_q, width, dy, stride, positions, r->m->rope, shape, c->rot, c->rope, 1));
     SPURION_TRY(st, r->ops->norm_backward(r->dev, r->w->c_n, width, r->w->c_q, width, raw, width, stats, weight, shape, SPURION_NORM_RMS,
                                           SPURION_OVERWRITE));
-    SPURION_TRY(st, r->ops->cast(r->dev, r->w->c_h, stride, r->w->c_n, width, n, width));
+    SPURION_TRY(st, r->ops->cast(r->dev, r->w->c_h, stride, r->w->c_n, SPURION_F32, width, n, width));
 out:
     return st;
 }
@@ -126,7 +126,7 @@ static spurion_status query_backward(const descent *g, int l, const spurion_save
 
     SPURION_TRY(st, head_gradient(g, r->q, r->w->dq + at, c->heads, y->q_norm, c->qk_norm ? sv->q_raw + at : NULL,
                                   c->qk_norm ? sv->q_stats + 2 * (size_t)r0 * (size_t)c->heads : NULL, positions + r0, n));
-    SPURION_TRY(st, r->ops->linear_backward(r->dev, r->w->c_d2, r->w->c_h, y->q, n, SPURION_OVERWRITE));
+    SPURION_TRY(st, r->ops->linear_backward(r->dev, r->w->c_d2, SPURION_F32, r->w->c_h, y->q, n, SPURION_OVERWRITE));
 out:
     return st;
 }
@@ -142,8 +142,8 @@ static spurion_status key_value_backward(const descent *g, int l, const spurion_
 
     SPURION_TRY(st, head_gradient(g, 2 * r->kv, dkv, c->kv_heads, y->k_norm, c->qk_norm ? sv->k_raw + (size_t)r0 * (size_t)r->kv : NULL,
                                   c->qk_norm ? sv->k_stats + 2 * (size_t)r0 * (size_t)c->kv_heads : NULL, r->w->positions + r0, n));
-    SPURION_TRY(st, r->ops->cast(r->dev, spurion_act_at(r, r->w->c_h, 1, r->kv), 2 * r->kv, dkv + r->kv, 2 * r->kv, n, r->kv));
-    SPURION_TRY(st, r->ops->linear_backward(r->dev, r->w->c_d2, r->w->c_h, y->kv, n, mode));
+    SPURION_TRY(st, r->ops->cast(r->dev, spurion_act_at(r, r->w->c_h, 1, r->kv), 2 * r->kv, dkv + r->kv, SPURION_F32, 2 * r->kv, n, r->kv));
+    SPURION_TRY(st, r->ops->linear_backward(r->dev, r->w->c_d2, SPURION_F32, r->w->c_h, y->kv, n, mode));
 out:
     return st;
 }
@@ -165,8 +165,8 @@ static spurion_status attention_backward(const descent *g, int l, const grad_par
     const spurion_run *r = &g->r;
     spurion_workspace *w = r->w;
 
-    SPURION_TRY(st, r->ops->attention_backward(r->dev, w->dq, w->dkv, w->dkv + r->kv, 2 * r->kv, w->d_attention, part->sv->attention,
-                                               part->sv->lse, part->sv->q, w->k[l], w->v[l], r->p->backward_seqs, r->p->backward_seq_count,
+    SPURION_TRY(st, r->ops->attention_backward(r->dev, w->dq, w->dkv, w->dkv + r->kv, 2 * r->kv, w->d_attention, r->mid,
+                                               part->sv->attention, part->sv->lse, part->sv->q, w->k[l], w->v[l], r->p->backward_seqs, r->p->backward_seq_count,
                                                spurion_attention_shape_of(r, l)));
     for (int r0 = 0, n; r0 < part->rows; r0 += n) {
         n = chunk_of(g, r0, part->rows);
@@ -190,8 +190,8 @@ static spurion_status attention_backward_pruned(const descent *g, int l, const g
     if (r->m->config.pooling != SPURION_POOL_LAST) { /* keys after the scored position: no query reads them */
         SPURION_TRY(st, r->ops->zero(r->dev, w->dkv, (size_t)rows * 2 * (size_t)r->kv * sizeof(float)));
     }
-    SPURION_TRY(st, r->ops->attention_backward(r->dev, w->dq, w->dkv, w->dkv + r->kv, 2 * r->kv, w->d_attention, part->sv->attention,
-                                               part->sv->lse, part->sv->q, w->k[l], w->v[l], r->p->scored_backward_seqs, part->rows,
+    SPURION_TRY(st, r->ops->attention_backward(r->dev, w->dq, w->dkv, w->dkv + r->kv, 2 * r->kv, w->d_attention, r->mid,
+                                               part->sv->attention, part->sv->lse, part->sv->q, w->k[l], w->v[l], r->p->scored_backward_seqs, part->rows,
                                                spurion_attention_shape_of(r, l)));
     for (int r0 = 0, n; r0 < part->rows; r0 += n) {
         n = chunk_of(g, r0, part->rows);
@@ -260,8 +260,9 @@ static spurion_status head_layers_backward(const descent *g, int r0, int n)
         int width = head->width[i];
         float *to = i == 0 ? w->hs + (size_t)r0 * (size_t)r->d : dx;
 
-        SPURION_TRY(st, r->ops->activation_backward(r->dev, w->head_act, pre + (size_t)r0 * (size_t)width, dy, n, width, SPURION_ACT_RELU, 0));
-        SPURION_TRY(st, r->ops->linear_backward(r->dev, to, w->head_act, r->m->head[i], n, SPURION_OVERWRITE));
+        SPURION_TRY(st, r->ops->activation_backward(r->dev, w->head_act, pre + (size_t)r0 * (size_t)width, dy, SPURION_F32, n, width,
+                                                    SPURION_ACT_RELU, 0));
+        SPURION_TRY(st, r->ops->linear_backward(r->dev, to, SPURION_F32, w->head_act, r->m->head[i], n, SPURION_OVERWRITE));
         dx = dy;
         dy = to;
         pre -= i == 0 ? 0 : (size_t)w->scored_max * (size_t)head->width[i - 1];

@@ -12,7 +12,7 @@ spurion_status spurion_model_embed(const spurion_model *m, spurion_workspace *w,
 }
 
 /* Before rotary: the per-head norm of q or k (Qwen3), kept raw for the backward pass. *x, *stride move to the normed values. */
-static spurion_status head_norm(const spurion_run *r, const float **x, int *stride, int heads, const float *weight, float *raw,
+static spurion_status head_norm(const spurion_run *r, const void **x, int *stride, int heads, const float *weight, float *raw,
                                 float *stats, int n)
 {
     spurion_status st = spurion_ok();
@@ -44,18 +44,19 @@ static spurion_status keys_values(const spurion_run *r, int l, const spurion_par
     spurion_saved *sv = part->sv && r0 < part->kept ? part->sv : NULL;
     void *h = spurion_act_at(r, w->h, (size_t)r0, r->d);
     size_t at = (size_t)r->p->kv_row + (size_t)r0;
-    const float *k = w->c_kv;
+    const void *k = w->c_kv;
     int stride = 2 * r->kv;
     spurion_rows shape = {n, c->kv_heads, c->head_dim};
 
     SPURION_TRY(st, r->ops->norm(r->dev, h, NULL, r->d, sv ? sv->stats1 + 2 * (size_t)r0 : NULL, part->x + (size_t)r0 * (size_t)r->d, r->d,
                                  y->norm1_w, y->norm1_b, spurion_plain_rows(n, r->d), c->eps, c->norm, SPURION_OVERWRITE));
-    SPURION_TRY(st, r->ops->linear(r->dev, w->c_kv, 2 * r->kv, h, y->kv, n, SPURION_OVERWRITE));
+    SPURION_TRY(st, r->ops->linear(r->dev, w->c_kv, r->heads, 2 * r->kv, h, y->kv, n, SPURION_OVERWRITE));
     SPURION_TRY(st, head_norm(r, &k, &stride, c->kv_heads, y->k_norm, sv && c->qk_norm ? sv->k_raw + (size_t)r0 * (size_t)r->kv : NULL,
                               sv && c->qk_norm ? sv->k_stats + 2 * (size_t)r0 * (size_t)c->kv_heads : NULL, n));
-    SPURION_TRY(st, r->ops->rope(r->dev, spurion_act_at(r, w->k[l], at, r->kv), r->kv, k, stride, part->positions + r0, r->m->rope, shape,
-                                 c->rot, c->rope, 0));
-    SPURION_TRY(st, r->ops->cast(r->dev, spurion_act_at(r, w->v[l], at, r->kv), r->kv, w->c_kv + r->kv, 2 * r->kv, n, r->kv));
+    SPURION_TRY(st, r->ops->rope(r->dev, spurion_act_at(r, w->k[l], at, r->kv), r->kv, k, r->heads, stride, part->positions + r0, r->m->rope,
+                                 shape, c->rot, c->rope, 0));
+    SPURION_TRY(st, r->ops->cast(r->dev, spurion_act_at(r, w->v[l], at, r->kv), r->kv, spurion_row_at(w->c_kv, r->heads, 1, r->kv), r->heads,
+                                 2 * r->kv, n, r->kv));
 out:
     return st;
 }
@@ -68,15 +69,15 @@ static spurion_status queries(const spurion_run *r, int l, const spurion_part *p
     const spurion_layer *y = &r->m->layers[l];
     spurion_workspace *w = r->w;
     spurion_saved *sv = part->sv && r0 < part->kept ? part->sv : NULL;
-    const float *q = w->c_q;
+    const void *q = w->c_q;
     int stride = r->q;
     spurion_rows shape = {n, c->heads, c->head_dim};
 
-    SPURION_TRY(st, r->ops->linear(r->dev, w->c_q, r->q, spurion_act_at(r, w->h, (size_t)r0, r->d), y->q, n, SPURION_OVERWRITE));
+    SPURION_TRY(st, r->ops->linear(r->dev, w->c_q, r->heads, r->q, spurion_act_at(r, w->h, (size_t)r0, r->d), y->q, n, SPURION_OVERWRITE));
     SPURION_TRY(st, head_norm(r, &q, &stride, c->heads, y->q_norm, sv && c->qk_norm ? sv->q_raw + (size_t)r0 * (size_t)r->q : NULL,
                               sv && c->qk_norm ? sv->q_stats + 2 * (size_t)r0 * (size_t)c->heads : NULL, n));
-    SPURION_TRY(st, r->ops->rope(r->dev, spurion_act_at(r, part->q, (size_t)r0, r->q), r->q, q, stride, part->positions + r0, r->m->rope,
-                                 shape, c->rot, c->rope, 0));
+    SPURION_TRY(st, r->ops->rope(r->dev, spurion_act_at(r, part->q, (size_t)r0, r->q), r->q, q, r->heads, stride, part->positions + r0,
+                                 r->m->rope, shape, c->rot, c->rope, 0));
 out:
     return st;
 }
@@ -90,9 +91,9 @@ static spurion_status project(const spurion_run *r, float *out, const void *in, 
     float *first = raw ? raw : r->w->c_d;
 
     if (!post_norm) {
-        return r->ops->linear(r->dev, out, r->d, in, weight, n, mode);
+        return r->ops->linear(r->dev, out, SPURION_F32, r->d, in, weight, n, mode);
     }
-    SPURION_TRY(st, r->ops->linear(r->dev, first, r->d, in, weight, n, SPURION_OVERWRITE));
+    SPURION_TRY(st, r->ops->linear(r->dev, first, SPURION_F32, r->d, in, weight, n, SPURION_OVERWRITE));
     SPURION_TRY(st, r->ops->norm(r->dev, NULL, out, r->d, stats, first, r->d, post_norm, NULL, spurion_plain_rows(n, r->d), c->eps, c->norm, mode));
 out:
     return st;
@@ -116,12 +117,11 @@ static spurion_status mlp(const spurion_run *r, int l, const spurion_part *part,
     const spurion_model_config *c = &r->m->config;
     const spurion_layer *y = &r->m->layers[l];
     spurion_saved *sv = part->sv && r0 < part->kept ? part->sv : NULL;
-    float *pre = sv ? sv->pre + (size_t)r0 * (size_t)r->pre : r->w->c_pre;
+    void *pre = sv ? spurion_row_at(sv->pre, r->mid, (size_t)r0, r->pre) : r->w->c_pre;
     size_t at = (size_t)r0 * (size_t)r->d;
     bool post = sv && c->post_norms;
 
-    SPURION_TRY(st, r->ops->linear(r->dev, pre, r->pre, h, y->up, n, SPURION_OVERWRITE));
-    SPURION_TRY(st, r->ops->activation(r->dev, r->w->c_act, pre, n, r->ff, c->act, c->gated));
+    SPURION_TRY(st, r->ops->linear_act(r->dev, r->w->c_act, pre, r->mid, sv != NULL, h, y->up, n, c->act, c->gated));
     SPURION_TRY(st, project(r, out + at, r->w->c_act, y->down, y->post_mlp_w, post ? sv->mlp_raw + at : NULL,
                             post ? sv->mlp_stats + 2 * (size_t)r0 : NULL, n, mode));
 out:
@@ -326,15 +326,15 @@ static spurion_status head_layers(const spurion_run *r, int r0, int n)
     const spurion_head *head = &r->m->config.head;
     float *pre = w->head_pre;
 
-    SPURION_TRY(st, r->ops->cast(r->dev, w->head_act, r->d, w->hs + (size_t)r0 * (size_t)r->d, r->d, n, r->d));
+    SPURION_TRY(st, r->ops->cast(r->dev, w->head_act, r->d, w->hs + (size_t)r0 * (size_t)r->d, SPURION_F32, r->d, n, r->d));
     for (int i = 0; i < head->hidden; i++) {
         float *here = pre + (size_t)r0 * (size_t)head->width[i];
 
-        SPURION_TRY(st, r->ops->linear(r->dev, here, head->width[i], w->head_act, r->m->head[i], n, SPURION_OVERWRITE));
-        SPURION_TRY(st, r->ops->activation(r->dev, w->head_act, here, n, head->width[i], SPURION_ACT_RELU, 0));
+        SPURION_TRY(st, r->ops->linear(r->dev, here, SPURION_F32, head->width[i], w->head_act, r->m->head[i], n, SPURION_OVERWRITE));
+        SPURION_TRY(st, r->ops->activation(r->dev, w->head_act, here, SPURION_F32, n, head->width[i], SPURION_ACT_RELU, 0));
         pre += (size_t)w->scored_max * (size_t)head->width[i];
     }
-    SPURION_TRY(st, r->ops->linear(r->dev, w->rewards + r0, 1, w->head_act, r->m->head[head->hidden], n, SPURION_OVERWRITE));
+    SPURION_TRY(st, r->ops->linear(r->dev, w->rewards + r0, SPURION_F32, 1, w->head_act, r->m->head[head->hidden], n, SPURION_OVERWRITE));
 out:
     return st;
 }

@@ -55,6 +55,7 @@ out:
 typedef struct fused {
     spurion_role weight[2], bias[2];
     int count, rows[2];
+    int forward, backward; /* products of each direction */
 } fused;
 
 static spurion_status matrix_load(spurion_matrix **out, loader *l, const fused *f, int layer, int columns)
@@ -63,7 +64,7 @@ static spurion_status matrix_load(spurion_matrix **out, loader *l, const fused *
     spurion_dev *dev = l->m->dev;
     size_t row_count = (size_t)f->rows[0] + (f->count == 2 ? (size_t)f->rows[1] : 0);
     size_t weight_count = row_count * (size_t)columns;
-    int directions = SPURION_FORWARD | (layer >= l->backward_from ? SPURION_BACKWARD : 0);
+    int directions = f->forward | (layer >= l->backward_from ? f->backward : 0);
     float *bias = NULL;
     size_t at = 0, row = 0;
 
@@ -87,15 +88,20 @@ out:
 static spurion_status layer_load(loader *l, int i)
 {
     spurion_status st;
-    const spurion_model_config *c = &l->m->config;
-    spurion_layer *y = &l->m->layers[i];
+    const spurion_model *m = l->m;
+    const spurion_model_config *c = &m->config;
+    spurion_layer *y = &m->layers[i];
     int q = c->heads * c->head_dim, kv = c->kv_heads * c->head_dim;
-    const fused fq = {{SPURION_ROLE_Q, SPURION_ROLE_Q}, {SPURION_ROLE_Q_B, SPURION_ROLE_Q_B}, 1, {q, 0}};
-    const fused fkv = {{SPURION_ROLE_K, SPURION_ROLE_V}, {SPURION_ROLE_K_B, SPURION_ROLE_V_B}, 2, {kv, kv}};
-    const fused fo = {{SPURION_ROLE_O, SPURION_ROLE_O}, {SPURION_ROLE_O_B, SPURION_ROLE_O_B}, 1, {c->hidden, 0}};
-    const fused fgated = {{SPURION_ROLE_GATE, SPURION_ROLE_UP}, {SPURION_ROLE_GATE_B, SPURION_ROLE_UP_B}, 2, {c->ff, c->ff}};
-    const fused fup = {{SPURION_ROLE_UP, SPURION_ROLE_UP}, {SPURION_ROLE_UP_B, SPURION_ROLE_UP_B}, 1, {c->ff, 0}};
-    const fused fdown = {{SPURION_ROLE_DOWN, SPURION_ROLE_DOWN}, {SPURION_ROLE_DOWN_B, SPURION_ROLE_DOWN_B}, 1, {c->hidden, 0}};
+    int narrow = m->dev->mid == SPURION_F32 ? SPURION_FORWARD : SPURION_FORWARD_ACT;
+    int narrow_back = m->dev->mid == SPURION_F32 ? SPURION_BACKWARD : SPURION_BACKWARD_ACT;
+    bool gelu = c->act == SPURION_ACT_GELU_TANH && !c->gated;
+    int heads = c->qk_norm ? SPURION_FORWARD : narrow; /* run.h */
+    const fused fq = {{SPURION_ROLE_Q, SPURION_ROLE_Q}, {SPURION_ROLE_Q_B, SPURION_ROLE_Q_B}, 1, {q, 0}, heads, SPURION_BACKWARD};
+    const fused fkv = {{SPURION_ROLE_K, SPURION_ROLE_V}, {SPURION_ROLE_K_B, SPURION_ROLE_V_B}, 2, {kv, kv}, heads, SPURION_BACKWARD};
+    const fused fo = {{SPURION_ROLE_O, SPURION_ROLE_O}, {SPURION_ROLE_O_B, SPURION_ROLE_O_B}, 1, {c->hidden, 0}, SPURION_FORWARD, narrow_back};
+    const fused fgated = {{SPURION_ROLE_GATE, SPURION_ROLE_UP}, {SPURION_ROLE_GATE_B, SPURION_ROLE_UP_B}, 2, {c->ff, c->ff}, narrow, SPURION_BACKWARD};
+    const fused fup = {{SPURION_ROLE_UP, SPURION_ROLE_UP}, {SPURION_ROLE_UP_B, SPURION_ROLE_UP_B}, 1, {c->ff, 0}, gelu ? SPURION_FORWARD_GELU : narrow, SPURION_BACKWARD};
+    const fused fdown = {{SPURION_ROLE_DOWN, SPURION_ROLE_DOWN}, {SPURION_ROLE_DOWN_B, SPURION_ROLE_DOWN_B}, 1, {c->hidden, 0}, SPURION_FORWARD, gelu ? SPURION_BACKWARD_GELU : narrow_back};
 
     SPURION_TRY(st, vector_load(&y->norm1_w, l, SPURION_ROLE_NORM1_W, i));
     SPURION_TRY(st, vector_load(&y->norm1_b, l, SPURION_ROLE_NORM1_B, i));

@@ -64,7 +64,7 @@ typedef spurion_status (*spurion_hook_fn)(void *context, int point, float *x);
 typedef struct spurion_saved {
     float *x_in, *stats1;   /* (B, d), (B, 2): input of the block */
     float *x_mid, *stats2;  /* (B, d): input of the second norm; x_mid is x_in in parallel blocks */
-    float *pre;             /* (B, ff or 2 ff): before the activation */
+    void *pre;              /* (B, ff or 2 ff) mid: before the activation */
     void *q;                /* (B, H hd) act, after rotary */
     void *attention;        /* (B, H hd) act */
     float *lse;             /* (B, H) */
@@ -73,7 +73,7 @@ typedef struct spurion_saved {
     float *attn_raw, *attn_stats, *mlp_raw, *mlp_stats; /* (B, d), (B, 2): before the post norms */
 } spurion_saved;
 
-/* Memory of the passes, laid out by spurion_plan_make. R = rows_max of a pass, K = rows of a key/value buffer. */
+/* Memory of the passes, laid out by spurion_plan_make. act, mid: types of the device, else f32. R = rows_max of a pass, K = rows of a key/value buffer. */
 typedef struct spurion_workspace {
     int rows_max, chunk;    /* chunk: rows of the row-wise scratch */
     int scored_max;         /* sequences of one pass (S below) */
@@ -89,14 +89,14 @@ typedef struct spurion_workspace {
     void *attention;        /* (R, H hd) act */
     float *lse;             /* (R, H) */
     float *y;               /* (R, d): attention or MLP output where it is looked at before it is added */
-    float *c_kv, *c_q;      /* (chunk, 2 KV hd), (chunk, H hd) */
-    float *c_pre;           /* (chunk, ff or 2 ff) */
+    void *c_kv, *c_q;       /* (chunk, 2 KV hd), (chunk, H hd): mid, f32 where a norm follows */
+    void *c_pre;            /* (chunk, ff or 2 ff) mid */
     void *c_act;            /* (chunk, ff or 2 ff) act */
     void *c_h;              /* (chunk, max(d, H hd, 2 KV hd)) act */
     float *c_d, *c_d2;      /* (chunk, d) */
     float *c_n;             /* (chunk, H hd) after the q or k norm */
     float *dx;              /* (R, d): gradient of the residual stream */
-    float *d_attention;     /* (R, H hd) */
+    void *d_attention;      /* (R, H hd) mid */
     float *dq;              /* (R, H hd) */
     float *dkv;             /* (R, 2 KV hd) */
     float *xs, *dxs, *hs;   /* (S, d): scored rows, their gradient, what the head reads (and its gradient) */

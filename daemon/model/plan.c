@@ -16,6 +16,12 @@ static void *take(cursor *c, size_t count, size_t element)
     return p;
 }
 
+/* Bytes of an element of what lies before the rotation of queries and keys; see run.h. */
+static size_t heads_type(const spurion_plan_input *in)
+{
+    return in->config->qk_norm ? 4 : spurion_dtype_bytes(in->mid);
+}
+
 static void saved_make(spurion_saved *s, cursor *kept, const spurion_plan_input *in, size_t rows)
 {
     const spurion_model_config *c = in->config;
@@ -28,7 +34,7 @@ static void saved_make(spurion_saved *s, cursor *kept, const spurion_plan_input 
     z.stats1 = take(kept, rows * 2, 4);
     z.x_mid = c->parallel ? z.x_in : take(kept, rows * d, 4);
     z.stats2 = c->shared_norm ? z.stats1 : take(kept, rows * 2, 4);
-    z.pre = take(kept, rows * pre, 4);
+    z.pre = take(kept, rows * pre, spurion_dtype_bytes(in->mid));
     z.q = take(kept, rows * q, act);
     z.attention = take(kept, rows * q, act);
     z.lse = take(kept, rows * (size_t)c->heads, 4);
@@ -114,9 +120,9 @@ static void scratch_make(spurion_workspace *w, cursor *s, const spurion_plan_inp
     w->attention = take(s, rows * q, act);
     w->lse = take(s, rows * (size_t)c->heads, 4);
     w->y = take(s, rows * d, 4);
-    w->c_kv = take(s, chunk * 2 * kv, 4);
-    w->c_q = take(s, chunk * q, 4);
-    w->c_pre = take(s, chunk * pre, 4);
+    w->c_kv = take(s, chunk * 2 * kv, heads_type(in));
+    w->c_q = take(s, chunk * q, heads_type(in));
+    w->c_pre = take(s, chunk * pre, spurion_dtype_bytes(in->mid));
     w->c_act = take(s, chunk * pre, act);
     w->c_h = take(s, chunk * wide, act);
     w->c_d = take(s, chunk * d, 4);
@@ -124,7 +130,7 @@ static void scratch_make(spurion_workspace *w, cursor *s, const spurion_plan_inp
     w->c_n = take(s, chunk * q, 4);
     if (in->gradients) {
         w->dx = take(s, rows * d, 4);
-        w->d_attention = take(s, rows * q, 4);
+        w->d_attention = take(s, rows * q, spurion_dtype_bytes(in->mid));
         w->dq = take(s, rows * q, 4);
         w->dkv = take(s, rows * 2 * kv, 4);
         w->dxs = take(s, scored * d, 4);

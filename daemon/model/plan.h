@@ -6,7 +6,7 @@
 
 typedef struct spurion_plan_input {
     const spurion_model_config *config;
-    spurion_dtype dtype;
+    spurion_dtype dtype, mid; /* the device's */
     int rows;         /* rows of one pass (and of the variants beside it) */
     int prefix;       /* positions of a prompt that goes in pieces, beside these rows: its keys and values are kept in every block; 0: none does */
     int lowest_point; /* lowest hook point; 4 * layers + 1: none */

@@ -10,7 +10,8 @@ typedef struct spurion_run {
     const spurion_pass *p;
     spurion_dev *dev;
     const spurion_ops *ops;
-    int d, q, kv, ff, pre; /* widths: residual, queries, keys, MLP, MLP before its activation */
+    spurion_dtype mid, heads; /* types of what lies before activation and its gradient; before rotation: f32 where a norm differentiates it */
+    int d, q, kv, ff, pre;    /* widths: residual, queries, keys, MLP, MLP before its activation */
 } spurion_run;
 
 /* The rows that queries, output projection and MLP of a block work on: all of the pass, or the scored ones of a pruned last block. */
@@ -29,6 +30,8 @@ static inline spurion_run spurion_run_make(const spurion_model *m, spurion_works
 {
     const spurion_model_config *c = &m->config;
     spurion_run r = {.m = m, .w = w, .p = p, .dev = m->dev, .ops = m->dev->ops};
+    r.mid = m->dev->mid;
+    r.heads = c->qk_norm ? SPURION_F32 : r.mid;
     r.d = c->hidden;
     r.q = c->heads * c->head_dim;
     r.kv = c->kv_heads * c->head_dim;
@@ -51,10 +54,16 @@ static inline int spurion_chunk_rows(const spurion_run *r, int r0, int rows, int
     return end - r0 < r->w->chunk ? end - r0 : r->w->chunk;
 }
 
-/* Element `row` of an act array of the given width. */
+/* Row `row` of an array of the given type and width. */
+static inline void *spurion_row_at(void *base, spurion_dtype type, size_t row, int width)
+{
+    return (char *)base + row * (size_t)width * spurion_dtype_bytes(type);
+}
+
+/* The same of an act array. */
 static inline void *spurion_act_at(const spurion_run *r, void *base, size_t row, int width)
 {
-    return (char *)base + row * (size_t)width * spurion_dtype_bytes(r->dev->dtype);
+    return spurion_row_at(base, r->dev->dtype, row, width);
 }
 
 static inline spurion_attention_shape spurion_attention_shape_of(const spurion_run *r, int layer)

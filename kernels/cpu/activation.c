@@ -56,21 +56,21 @@ SIMD vf act(vf x, vf *slope, spurion_act_kind kind)
 
 typedef struct act_job {
     void *out;
-    const float *pre, *dout;
+    const void *pre, *dout;
     int F, gated;
     spurion_act_kind kind;
-    spurion_dtype dtype;
+    spurion_dtype dtype, in; /* of out; of pre and dout */
 } act_job;
 
 SIMD void forward_row(const act_job *j, int t, spurion_act_kind kind)
 {
     size_t F = (size_t)j->F, at = (size_t)t * F;
-    const float *gate = j->pre + at * (j->gated ? 2 : 1), *up = j->gated ? gate + F : NULL;
+    size_t gate = at * (j->gated ? 2 : 1);
     for (int c = 0; c < j->F; c += VW) {
         int n = j->F - c;
-        vf slope, v = act(v_load_n(gate + c, n), &slope, kind);
-        if (up != NULL) {
-            v *= v_load_n(up + c, n);
+        vf slope, v = act(v_load_act(j->pre, gate + (size_t)c, n, j->in), &slope, kind);
+        if (j->gated) {
+            v *= v_load_act(j->pre, gate + F + (size_t)c, n, j->in);
         }
         v_store_act(j->out, at + (size_t)c, v, n, j->dtype);
     }
@@ -97,14 +97,13 @@ static void act_row(void *context, int t)
 
 SIMD void backward_row(const act_job *j, int t, spurion_act_kind kind)
 {
-    size_t F = (size_t)j->F, at = (size_t)t * F * (j->gated ? 2 : 1);
-    const float *gate = j->pre + at, *up = j->gated ? gate + F : NULL, *dout = j->dout + (size_t)t * F;
+    size_t F = (size_t)j->F, at = (size_t)t * F * (j->gated ? 2 : 1), dout = (size_t)t * F;
     for (int c = 0; c < j->F; c += VW) {
         int n = j->F - c;
-        vf slope, value = act(v_load_n(gate + c, n), &slope, kind), d = v_load_n(dout + c, n);
-        if (up != NULL) {
+        vf slope, value = act(v_load_act(j->pre, at + (size_t)c, n, j->in), &slope, kind), d = v_load_act(j->dout, dout + (size_t)c, n, j->in);
+        if (j->gated) {
             v_store_act(j->out, at + F + (size_t)c, d * value, n, j->dtype);
-            d *= v_load_n(up + c, n);
+            d *= v_load_act(j->pre, at + F + (size_t)c, n, j->in);
         }
         v_store_act(j->out, at + (size_t)c, d * slope, n, j->dtype);
     }
@@ -129,23 +128,25 @@ static void act_back_row(void *context, int t)
     }
 }
 
-spurion_status SPURION_CPU_OP(activation)(spurion_dev *dev, void *out, const float *pre, int T, int F, spurion_act_kind kind, int gated)
+spurion_status SPURION_CPU_OP(activation)(spurion_dev *dev, void *out, const void *pre, spurion_dtype type, int T, int F,
+                                          spurion_act_kind kind, int gated)
 {
     double start = spurion_cpu_now(), elements = (double)T * F;
-    act_job job = {out, pre, NULL, F, gated, kind, dev->dtype};
+    act_job job = {out, pre, NULL, F, gated, kind, dev->dtype, type};
     spurion_each_row(dev, act_row, &job, T, 2 * (size_t)F);
     spurion_cpu_count(dev, SPURION_CLASS_ACTIVATION, start, 20 * elements,
-                      elements * ((gated ? 8 : 4) + (double)spurion_dtype_bytes(dev->dtype)));
+                      elements * ((gated ? 2 : 1) * (double)spurion_dtype_bytes(type) + (double)spurion_dtype_bytes(dev->dtype)));
     return spurion_ok();
 }
 
-spurion_status SPURION_CPU_OP(activation_backward)(spurion_dev *dev, void *dpre, const float *pre, const float *dout, int T, int F,
-                                                   spurion_act_kind kind, int gated)
+spurion_status SPURION_CPU_OP(activation_backward)(spurion_dev *dev, void *dpre, const void *pre, const void *dout, spurion_dtype type,
+                                                   int T, int F, spurion_act_kind kind, int gated)
 {
     double start = spurion_cpu_now(), elements = (double)T * F;
-    act_job job = {dpre, pre, dout, F, gated, kind, dev->dtype};
+    act_job job = {dpre, pre, dout, F, gated, kind, dev->dtype, type};
     spurion_each_row(dev, act_back_row, &job, T, 4 * (size_t)F);
     spurion_cpu_count(dev, SPURION_CLASS_ACTIVATION, start, 30 * elements,
-                      elements * (gated ? 2 : 1) * (4 + (double)spurion_dtype_bytes(dev->dtype)) + 4 * elements);
+                      elements * ((gated ? 2 : 1) * (double)(spurion_dtype_bytes(type) + spurion_dtype_bytes(dev->dtype)) +
+                                  (double)spurion_dtype_bytes(type)));
     return spurion_ok();
 }

@@ -218,12 +218,12 @@ typedef struct back_job {
     spurion_cpu *cpu;
     float *dq, *dk, *dv;
     size_t dkv_stride;
-    const float *dout, *lse;
-    const void *out, *q, *k, *v;
+    const float *lse;
+    const void *dout, *out, *q, *k, *v;
     const spurion_seq *seqs;
     spurion_attention_shape shape;
     int group, width;
-    spurion_dtype dtype;
+    spurion_dtype dtype, dout_type;
 } back_job;
 
 struct back_half; /* attention_lanes.c */

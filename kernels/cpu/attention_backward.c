@@ -39,7 +39,7 @@ static void back_tile(back_state *b, const back_job *j, int head, int tile, int 
     (void)tile;
 
     attention_load(b->q, w, j->q, at, stride, count, hd, j->dtype);
-    attention_load(b->dout, w, j->dout, at, stride, count, hd, SPURION_F32);
+    attention_load(b->dout, w, j->dout, at, stride, count, hd, j->dout_type);
     tile_product(b->p, KEYS, b->q, w, 1, b->keys_t, KEYS, count, KEYS, hd, 0);
     tile_product(b->ds, KEYS, b->dout, w, 1, b->values_t, KEYS, count, KEYS, hd, 0);
     for (int r = 0; r < count; r++) {
@@ -79,8 +79,8 @@ static void back_item(void *context, int64_t item, int worker)
     back_sequence(&b, j, item, load_block, back_tile);
 }
 
-spurion_status SPURION_CPU_OP(attention_backward)(spurion_dev *dev, float *dq, float *dk, float *dv, int dkv_stride, const float *dout,
-                                                  const void *out, const float *lse, const void *q, const void *k, const void *v,
+spurion_status SPURION_CPU_OP(attention_backward)(spurion_dev *dev, float *dq, float *dk, float *dv, int dkv_stride, const void *dout,
+                                                  spurion_dtype dout_type, const void *out, const float *lse, const void *q, const void *k, const void *v,
                                                   const spurion_seq *seqs, int seq_count, spurion_attention_shape shape)
 {
     double start = spurion_cpu_now();
@@ -89,8 +89,8 @@ spurion_status SPURION_CPU_OP(attention_backward)(spurion_dev *dev, float *dq, f
         return st;
     }
     bool lanes = spurion_cpu_of(dev)->multiply_pairs != NULL && dev->dtype == SPURION_BF16;
-    back_job job = {spurion_cpu_of(dev), dq, dk, dv, (size_t)dkv_stride, dout, lse, out, q, k, v, seqs, shape,
-                    shape.heads / shape.kv_heads, (int)spurion_round_up((size_t)shape.head_dim, lanes ? 32 : VW), dev->dtype};
+    back_job job = {spurion_cpu_of(dev), dq, dk, dv, (size_t)dkv_stride, lse, dout, out, q, k, v, seqs, shape,
+                    shape.heads / shape.kv_heads, (int)spurion_round_up((size_t)shape.head_dim, lanes ? 32 : VW), dev->dtype, dout_type};
     spurion_pool_run(job.cpu->pool, lanes ? spurion_attention_lanes_back_item : back_item, &job, (int64_t)seq_count * shape.kv_heads);
     double pairs = attention_pairs(seqs, seq_count, shape.window) * shape.heads;
     spurion_cpu_count(dev, SPURION_CLASS_ATTENTION, start, 10 * pairs * shape.head_dim,

@@ -406,7 +406,7 @@ static void load_gradients(back_half *h, const back_job *j)
         }
         size_t at = lane_at(&h->l, r, j->shape.heads, j->group, hd);
         for (int c = 0; c < w; c += VW) {
-            vh half = c < hd ? v_to_bf16_fast(v_load_n(j->dout + at + c, hd - c)) : (vh){0};
+            vh half = c < hd ? v_to_bf16_fast(v_load_act(j->dout, at + (size_t)c, hd - c, j->dout_type)) : (vh){0};
             vh_store_n(row + c, half, VW);
             if (c < hd) {
                 sum = v_fma(v_from_bf16(half), v_load_act(j->out, at + (size_t)c, hd - c, SPURION_BF16), sum);

@@ -162,6 +162,8 @@ const spurion_ops *spurion_cpu_table_avx512(void);
 #define SPURION_CPU_DECLARE(op) __typeof__(*((const spurion_ops *)0)->op) SPURION_CPU_OP(op)
 SPURION_CPU_DECLARE(linear);
 SPURION_CPU_DECLARE(linear_backward);
+SPURION_CPU_DECLARE(linear_act);
+SPURION_CPU_DECLARE(linear_act_backward);
 SPURION_CPU_DECLARE(embed);
 SPURION_CPU_DECLARE(gather_rows);
 SPURION_CPU_DECLARE(scatter_rows);

@@ -120,6 +120,7 @@ spurion_status spurion_dev_create_cpu(spurion_dev **out, spurion_dtype dtype, in
         return spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory for a CPU device");
     }
     cpu->dev.dtype = dtype;
+    cpu->dev.mid = SPURION_F32; /* chunks of rows stay in the caches: half the bytes would save nothing */
     cpu->dev.row_chunk = 512; /* whole weight tiles, small enough for the second-level caches */
     cpu->dev.thread_count = threads > 0 ? threads : core_count();
     SPURION_TRY(st, choose_isa(&cpu->isa));

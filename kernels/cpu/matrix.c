@@ -494,12 +494,12 @@ static spurion_status make_products(spurion_matrix *m, spurion_cpu *cpu, const f
         SPURION_TRY(st, make_rows(m, w));
     }
     spurion_dtype type = spurion_product_type(m);
-    if (directions & (SPURION_FORWARD | SPURION_SELECT)) {
+    if (directions & SPURION_ANY_FORWARD) {
         SPURION_TRY(st, product_shape(&m->forward, cpu, m->N, m->K, type));
         SPURION_TRY(st, product_pack(&m->forward, cpu->products, m, (weight_source){w, k, 1}));
         SPURION_TRY(st, spurion_cpu_scratch(cpu, spurion_product_scratch(m, &m->forward) + SPURION_INPUT_ROWS * k * sizeof(float)));
     }
-    if (directions & SPURION_BACKWARD) {
+    if (directions & SPURION_ANY_BACKWARD) {
         SPURION_TRY(st, product_shape(&m->backward, cpu, m->K, m->N, type));
         SPURION_TRY(st, product_pack(&m->backward, cpu->products, m, (weight_source){w, 1, k}));
         SPURION_TRY(st, spurion_cpu_scratch(cpu, spurion_product_scratch(m, &m->backward)));
@@ -562,10 +562,10 @@ size_t spurion_cpu_matrix_bytes(const spurion_dev *dev, int N, int K, int direct
     spurion_product forward, backward;
     size_t bytes = sizeof(spurion_matrix) + (size_t)N * sizeof(float) + (screened ? screen_bytes(N, K) : 0);
 
-    if ((directions & (SPURION_FORWARD | SPURION_SELECT)) && product_shape(&forward, cpu, N, K, type).code == SPURION_OK) {
+    if ((directions & SPURION_ANY_FORWARD) && product_shape(&forward, cpu, N, K, type).code == SPURION_OK) {
         bytes += product_packed_bytes(&forward);
     }
-    if ((directions & SPURION_BACKWARD) && product_shape(&backward, cpu, K, N, type).code == SPURION_OK) {
+    if ((directions & SPURION_ANY_BACKWARD) && product_shape(&backward, cpu, K, N, type).code == SPURION_OK) {
         bytes += product_packed_bytes(&backward);
     }
     return bytes;

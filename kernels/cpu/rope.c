@@ -5,14 +5,15 @@
 
 typedef struct rope_job {
     void *out;
-    const float *x, *table;
+    const void *x;
+    const float *table;
     const int32_t *positions;
     size_t out_stride, x_stride;
     spurion_rows shape;
     int rot;
     spurion_rope_style style;
     float sign;
-    spurion_dtype dtype;
+    spurion_dtype dtype, x_type;
 } rope_job;
 
 /* y[a] = x[a] cos - x[b] sin, y[b] = x[b] cos + x[a] sin; the inverse has sin negated. */
@@ -31,9 +32,13 @@ static void rope_row(void *context, int row)
     const rope_job *j = context;
     int t = row / j->shape.groups, head = row % j->shape.groups, hd = j->shape.C, pairs = j->rot / 2;
     size_t offset = (size_t)head * (size_t)hd, at = (size_t)t * j->out_stride + offset;
-    const float *x = j->x + (size_t)t * j->x_stride + offset;
-    float y[SPURION_HEAD_DIM_MAX + VW];
+    size_t from = (size_t)t * j->x_stride + offset;
+    float y[SPURION_HEAD_DIM_MAX + VW], wide[SPURION_HEAD_DIM_MAX + VW];
+    const float *x = j->x_type == SPURION_F32 ? (const float *)j->x + from : wide;
 
+    for (int c = 0; c < hd && j->x_type != SPURION_F32; c += VW) {
+        v_store(wide + c, v_load_act(j->x, from + (size_t)c, hd - c, j->x_type));
+    }
     memcpy(y, x, (size_t)hd * sizeof *y);
     if (j->style != SPURION_ROPE_NONE) {
         const float *angles = j->table + (size_t)j->positions[t] * (size_t)pairs * 2;
@@ -53,20 +58,20 @@ static spurion_status run(spurion_dev *dev, rope_job *job)
                              SPURION_HEAD_DIM_MAX, job->shape.C, job->rot);
     }
     spurion_each_row(dev, rope_row, job, job->shape.T * job->shape.groups, (size_t)job->shape.C);
-    spurion_cpu_count(dev, SPURION_CLASS_ROPE, start, 3 * elements, (4 + (double)spurion_dtype_bytes(job->dtype)) * elements);
+    spurion_cpu_count(dev, SPURION_CLASS_ROPE, start, 3 * elements, (double)(spurion_dtype_bytes(job->x_type) + spurion_dtype_bytes(job->dtype)) * elements);
     return spurion_ok();
 }
 
-spurion_status SPURION_CPU_OP(rope)(spurion_dev *dev, void *out, int out_stride, const float *x, int x_stride, const int32_t *positions,
-                                    const float *table, spurion_rows shape, int rot, spurion_rope_style style, int inverse)
+spurion_status SPURION_CPU_OP(rope)(spurion_dev *dev, void *out, int out_stride, const void *x, spurion_dtype x_type, int x_stride,
+                                    const int32_t *positions, const float *table, spurion_rows shape, int rot, spurion_rope_style style, int inverse)
 {
-    rope_job job = {out, x, table, positions, (size_t)out_stride, (size_t)x_stride, shape, rot, style, inverse ? -1.0f : 1.0f, dev->dtype};
+    rope_job job = {out, x, table, positions, (size_t)out_stride, (size_t)x_stride, shape, rot, style, inverse ? -1.0f : 1.0f, dev->dtype, x_type};
     return run(dev, &job);
 }
 
 spurion_status SPURION_CPU_OP(rope_f32)(spurion_dev *dev, float *out, int out_stride, const float *x, int x_stride, const int32_t *positions,
                                         const float *table, spurion_rows shape, int rot, spurion_rope_style style, int inverse)
 {
-    rope_job job = {out, x, table, positions, (size_t)out_stride, (size_t)x_stride, shape, rot, style, inverse ? -1.0f : 1.0f, SPURION_F32};
+    rope_job job = {out, x, table, positions, (size_t)out_stride, (size_t)x_stride, shape, rot, style, inverse ? -1.0f : 1.0f, SPURION_F32, SPURION_F32};
     return run(dev, &job);
 }

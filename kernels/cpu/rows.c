@@ -104,41 +104,40 @@ spurion_status SPURION_CPU_OP(scatter_rows)(spurion_dev *dev, float *out, const 
 
 typedef struct cast_job {
     void *out;
-    const float *x;
+    const void *x;
     size_t out_stride, x_stride;
     int C;
-    spurion_dtype dtype;
+    spurion_dtype dtype, x_type;
 } cast_job;
 
 static void cast_row(void *context, int t)
 {
     const cast_job *j = context;
-    const float *x = j->x + (size_t)t * j->x_stride;
-    size_t at = (size_t)t * j->out_stride;
+    size_t from = (size_t)t * j->x_stride, at = (size_t)t * j->out_stride;
     for (int c = 0; c < j->C; c += VW) {
-        v_store_act(j->out, at + (size_t)c, v_load_n(x + c, j->C - c), j->C - c, j->dtype);
+        v_store_act(j->out, at + (size_t)c, v_load_act(j->x, from + (size_t)c, j->C - c, j->x_type), j->C - c, j->dtype);
     }
 }
 
-spurion_status SPURION_CPU_OP(cast)(spurion_dev *dev, void *out, int out_stride, const float *x, int x_stride, int T, int C)
+spurion_status SPURION_CPU_OP(cast)(spurion_dev *dev, void *out, int out_stride, const void *x, spurion_dtype x_type, int x_stride, int T, int C)
 {
     double start = spurion_cpu_now();
-    cast_job job = {out, x, (size_t)out_stride, (size_t)x_stride, C, dev->dtype};
+    cast_job job = {out, x, (size_t)out_stride, (size_t)x_stride, C, dev->dtype, x_type};
     spurion_each_row(dev, cast_row, &job, T, (size_t)C);
-    spurion_cpu_count(dev, SPURION_CLASS_MOVE, start, 0, (double)T * C * (4 + (double)spurion_dtype_bytes(dev->dtype)));
+    spurion_cpu_count(dev, SPURION_CLASS_MOVE, start, 0, (double)T * C * (double)(spurion_dtype_bytes(x_type) + spurion_dtype_bytes(dev->dtype)));
     return spurion_ok();
 }
 
 static void add_job_row(void *context, int t)
 {
     const cast_job *j = context;
-    add_row((float *)j->out + (size_t)t * j->out_stride, j->x + (size_t)t * j->x_stride, j->C);
+    add_row((float *)j->out + (size_t)t * j->out_stride, (const float *)j->x + (size_t)t * j->x_stride, j->C);
 }
 
 spurion_status SPURION_CPU_OP(add)(spurion_dev *dev, float *out, const float *x, int T, int C)
 {
     double start = spurion_cpu_now();
-    cast_job job = {out, x, (size_t)C, (size_t)C, C, SPURION_F32};
+    cast_job job = {out, x, (size_t)C, (size_t)C, C, SPURION_F32, SPURION_F32};
     spurion_each_row(dev, add_job_row, &job, T, (size_t)C);
     spurion_cpu_count(dev, SPURION_CLASS_MOVE, start, (double)T * C, 12.0 * T * C);
     return spurion_ok();

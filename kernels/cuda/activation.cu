@@ -29,10 +29,10 @@ static __device__ inline float act(float x, float *slope, spurion_act_kind kind)
 
 typedef struct act_args {
     void *out;
-    const float *pre, *dout;
+    const void *pre, *dout;
     int T, F;
     spurion_act_kind kind;
-    spurion_dtype dtype;
+    spurion_dtype dtype, in; /* of out; of pre and dout */
     bool gated, whole;
 } act_args;
 
@@ -45,10 +45,10 @@ static __global__ void act_kernel(act_args a)
     if (p.row >= a.T) {
         return;
     }
-    const float *pre = a.pre + t * F * (a.gated ? 2 : 1) + (size_t)c;
-    spurion_four v = spurion_load4(pre, n, a.whole), up = {{1, 1, 1, 1}};
+    size_t at = t * F * (a.gated ? 2 : 1) + (size_t)c;
+    spurion_four v = spurion_load4_act(a.pre, at, n, a.whole, a.in), up = {{1, 1, 1, 1}};
     if (a.gated) {
-        up = spurion_load4(pre + F, n, a.whole);
+        up = spurion_load4_act(a.pre, at + F, n, a.whole, a.in);
     }
     for (int i = 0; i < 4; i++) {
         float slope;
@@ -67,9 +67,10 @@ static __global__ void act_back_kernel(act_args a)
         return;
     }
     size_t at = t * F * (a.gated ? 2 : 1) + (size_t)c;
-    spurion_four gate = spurion_load4(a.pre + at, n, a.whole), d = spurion_load4(a.dout + t * F + (size_t)c, n, a.whole), up = {{1, 1, 1, 1}}, dup;
+    spurion_four gate = spurion_load4_act(a.pre, at, n, a.whole, a.in), d = spurion_load4_act(a.dout, t * F + (size_t)c, n, a.whole, a.in);
+    spurion_four up = {{1, 1, 1, 1}}, dup;
     if (a.gated) {
-        up = spurion_load4(a.pre + at + F, n, a.whole);
+        up = spurion_load4_act(a.pre, at + F, n, a.whole, a.in);
     }
     for (int i = 0; i < 4; i++) {
         float slope, value = act(gate.v[i], &slope, a.kind);
@@ -89,21 +90,23 @@ static spurion_status run(spurion_dev *dev, void (*kernel)(act_args), act_args a
     size_t F = (size_t)a.F;
     SPURION_CUDA_DO(spurion_cuda_begin(cuda));
     if (a.T > 0) {
-        a.whole = spurion_whole(a.out, F, a.F, a.dtype) && spurion_whole(a.pre, F, a.F, SPURION_F32) && spurion_whole(a.dout, F, a.F, SPURION_F32);
+        a.whole = spurion_whole(a.out, F, a.F, a.dtype) && spurion_whole(a.pre, F, a.F, a.in) && spurion_whole(a.dout, F, a.F, a.in);
         SPURION_CUDA(cuda, spurion_cuda_launch(cuda, kernel, spurion_item_grid((int64_t)a.T * ((a.F + 3) / 4)), SPURION_CUDA_THREADS, 0, a));
     }
     return spurion_cuda_end(cuda, SPURION_CLASS_ACTIVATION, flops * elements, bytes * elements);
 }
 
-extern "C" spurion_status spurion_cuda_activation(spurion_dev *dev, void *out, const float *pre, int T, int F, spurion_act_kind kind, int gated)
+extern "C" spurion_status spurion_cuda_activation(spurion_dev *dev, void *out, const void *pre, spurion_dtype type, int T, int F,
+                                                  spurion_act_kind kind, int gated)
 {
-    act_args a = {out, pre, NULL, T, F, kind, dev->dtype, gated != 0, false};
-    return run(dev, act_kernel, a, 20, (gated ? 8 : 4) + (double)spurion_dtype_bytes(dev->dtype));
+    act_args a = {out, pre, NULL, T, F, kind, dev->dtype, type, gated != 0, false};
+    return run(dev, act_kernel, a, 20, (gated ? 2 : 1) * (double)spurion_dtype_bytes(type) + (double)spurion_dtype_bytes(dev->dtype));
 }
 
-extern "C" spurion_status spurion_cuda_activation_backward(spurion_dev *dev, void *dpre, const float *pre, const float *dout, int T, int F,
-                                                           spurion_act_kind kind, int gated)
+extern "C" spurion_status spurion_cuda_activation_backward(spurion_dev *dev, void *dpre, const void *pre, const void *dout, spurion_dtype type,
+                                                           int T, int F, spurion_act_kind kind, int gated)
 {
-    act_args a = {dpre, pre, dout, T, F, kind, dev->dtype, gated != 0, false};
-    return run(dev, act_back_kernel, a, 30, (gated ? 2 : 1) * (4 + (double)spurion_dtype_bytes(dev->dtype)) + 4);
+    act_args a = {dpre, pre, dout, T, F, kind, dev->dtype, type, gated != 0, false};
+    double in = (double)spurion_dtype_bytes(type), out = (double)spurion_dtype_bytes(dev->dtype);
+    return run(dev, act_back_kernel, a, 30, (gated ? 2 : 1) * (in + out) + in);
 }

@@ -35,11 +35,14 @@ typedef struct spurion_attention_args {
     const void *q, *k, *v, *out;
     void *out_act;
     float *lse_out;
-    const float *lse, *dout;
+    const float *lse;
+    const void *dout;
+    const uint16_t *dout_act; /* dout in bf16: itself, or in dq's memory */
+    int dout_step;            /* elements of dout_act for one of dout: 2 in dq's */
     float *dq, *dk, *dv;
     size_t q_stride, kv_stride, dkv_stride; /* elements */
     bool whole; /* heads begin at multiples of 16 bytes and hold whole runs of 8 bf16 */
-    spurion_dtype dtype;
+    spurion_dtype dtype, dout_type;
 } spurion_attention_args;
 
 /* --- index arithmetic, for host and device --- */

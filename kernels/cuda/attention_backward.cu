@@ -1,7 +1,7 @@
 /* Attention backward in bf16, weights recomputed from lse: formulas in cpu/attention_backward.c. No atomics: one kernel owns keys and walks
  * over queries (dK, dV), one owns queries and walks over keys (dQ); that is seven products where five would do, and every sum has one order.
- * A first pass makes <dout, out>, and dout in bf16, which lies in dq's own memory until dq is written: a block of threads of the last kernel
- * reads its own part of it before anything, and nobody else does by then.
+ * A first pass makes <dout, out>, and of a dout in f32 its rounding to bf16, which lies in dq's own memory until dq is written: a block of
+ * threads of the last kernel reads its own part of it before anything, and nobody else does by then.
  * Tiles that are walked over come in two stages: while one is used the next is under way.
  * Thread: engine. Memory: the device's work block; shared memory. */
 #include "kernels/cuda/attention.cuh"
@@ -15,7 +15,7 @@ static __global__ void __launch_bounds__(SPURION_CUDA_THREADS) delta_kernel(spur
     const spurion_item_t item = a.work.tiles[blockIdx.x];
     const spurion_seq *s = &a.work.seqs[item.seq];
     int head = (int)blockIdx.y, hd = a.shape.head_dim, lane = (int)(threadIdx.x % SPURION_CUDA_WARP), warp = (int)(threadIdx.x / SPURION_CUDA_WARP);
-    bool narrow = a.dtype == SPURION_BF16;
+    bool narrow = a.dtype == SPURION_BF16, rounds = narrow && a.dout_type == SPURION_F32;
     for (int r = warp; r < tile; r += SPURION_CUDA_THREADS / SPURION_CUDA_WARP) {
         float sum = 0.0f;
         if (!spurion_has_query(s, item.start + r)) {
@@ -23,12 +23,13 @@ static __global__ void __launch_bounds__(SPURION_CUDA_THREADS) delta_kernel(spur
         }
         size_t at = (size_t)spurion_query_row(s, item.start + r) * a.q_stride + (size_t)head * (size_t)hd;
         for (int c = 4 * lane; c < hd; c += 4 * SPURION_CUDA_WARP) {
-            spurion_four o = spurion_load4_act(a.out, at + (size_t)c, hd - c, a.whole, a.dtype), d = spurion_load4(a.dout + at + c, hd - c, a.whole);
+            spurion_four o = spurion_load4_act(a.out, at + (size_t)c, hd - c, a.whole, a.dtype);
+            spurion_four d = spurion_load4_act(a.dout, at + (size_t)c, hd - c, a.whole, a.dout_type);
             for (int i = 0; i < 4; i++) {
                 d.v[i] = narrow ? spurion_from_bf16(ptx_bf16(d.v[i])) : d.v[i];
                 sum = fmaf(d.v[i], o.v[i], sum);
             }
-            if (narrow) {
+            if (rounds) {
                 spurion_store4_act(a.dq, 2 * at + (size_t)c, d, hd - c, a.whole, SPURION_BF16);
             }
         }
@@ -51,7 +52,7 @@ static __device__ inline void load_queries(uint16_t *q, uint16_t *dout, const sp
     size_t column = (size_t)head * (size_t)hd;
     auto row_of = [=](int n) { return spurion_has_query(s, start + n) ? spurion_query_row(s, start + n) : -1; };
     spurion_load_tile<HD, ROWS, THREADS>(q, (const uint16_t *)a.q + column, a.q_stride, hd, a.whole, row_of);
-    spurion_load_tile<HD, ROWS, THREADS>(dout, (const uint16_t *)(const void *)a.dq + 2 * column, 2 * a.q_stride, hd, a.whole, row_of);
+    spurion_load_tile<HD, ROWS, THREADS>(dout, a.dout_act + (size_t)a.dout_step * column, (size_t)a.dout_step * a.q_stride, hd, a.whole, row_of);
 }
 
 /* lse in powers of two and delta of one query: a query that is not there gives every key the weight 2^-inf = 0. */
@@ -398,8 +399,8 @@ static spurion_status run(spurion_cuda *cuda, spurion_attention_args *a, const s
                                    : backward_bf16<256>(cuda, a, seqs, seq_count);
 }
 
-extern "C" spurion_status spurion_cuda_attention_backward(spurion_dev *dev, float *dq, float *dk, float *dv, int dkv_stride, const float *dout,
-                                                          const void *out, const float *lse, const void *q, const void *k, const void *v,
+extern "C" spurion_status spurion_cuda_attention_backward(spurion_dev *dev, float *dq, float *dk, float *dv, int dkv_stride, const void *dout,
+                                                          spurion_dtype dout_type, const void *out, const float *lse, const void *q, const void *k, const void *v,
                                                           const spurion_seq *seqs, int seq_count, spurion_attention_shape shape)
 {
     spurion_cuda *cuda = spurion_cuda_of(dev);
@@ -410,6 +411,9 @@ extern "C" spurion_status spurion_cuda_attention_backward(spurion_dev *dev, floa
     a.group = shape.heads / shape.kv_heads;
     a.q = q, a.k = k, a.v = v, a.out = out, a.lse = lse, a.dout = dout;
     a.dq = dq, a.dk = dk, a.dv = dv;
+    a.dout_type = dout_type;
+    a.dout_act = dout_type == SPURION_BF16 ? (const uint16_t *)dout : (const uint16_t *)(const void *)dq;
+    a.dout_step = dout_type == SPURION_BF16 ? 1 : 2;
     a.q_stride = (size_t)shape.heads * (size_t)shape.head_dim;
     a.kv_stride = (size_t)shape.kv_heads * (size_t)shape.head_dim;
     a.dkv_stride = (size_t)dkv_stride;

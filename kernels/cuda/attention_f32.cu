@@ -148,7 +148,7 @@ static __device__ inline void load_queries(const back_tiles &m, const spurion_at
     size_t column = (size_t)head * (size_t)hd;
     auto row_of = [=](int n) { return spurion_has_query(s, start + n) ? spurion_query_row(s, start + n) : -1; };
     load_rows(m.q, (const float *)a.q + column, a.q_stride, hd, BACK, row_of);
-    load_rows(m.dout, a.dout + column, a.q_stride, hd, BACK, row_of);
+    load_rows(m.dout, (const float *)a.dout + column, a.q_stride, hd, BACK, row_of);
     if (threadIdx.x < BACK) {
         int r = (int)threadIdx.x, row = row_of(r);
         m.lse[r] = row < 0 ? 0.0f : a.lse[(size_t)row * (size_t)a.shape.heads + (size_t)head];

@@ -52,6 +52,7 @@ typedef struct spurion_cuda {
     spurion_block wide;      /* f32 weights on their way to bf16 */
     spurion_block workspace; /* cuBLASLt's */
     spurion_block pad_in, pad_out; /* ROW_STEP rows of input and output of the widest matrix */
+    spurion_block pad_aux;         /* the same of what stands before an activation */
     spurion_block work;      /* attention: seqs, items; row sums of the backward pass */
     struct spurion_cuda_plan *plans;
     spurion_timer *timers; /* (timer_room) made as dev.timed needs them */
@@ -64,9 +65,11 @@ struct spurion_matrix {
     int directions;
     void *w;     /* (N, K) of type; first of one block of memory */
     float *bias; /* (N) or NULL */
+    uint16_t *bias_act; /* the same in bf16, where there is one and type is bf16 */
     float *rows, *reach; /* screened: (N, K) f32; (N): the larger of |w' - w| / loss and |w|, w' = w in bf16; else NULL */
     float loss;          /* screened: typical |w' - w| / |w| */
-    struct spurion_cuda_plan *forward, *backward;
+    struct spurion_cuda_plan *forward[2], *backward[2]; /* by the type of the outputs; NULL: not made */
+    struct spurion_cuda_plan *gelu[2], *dgelu;          /* with GELU behind, without and with its input kept; NULL: the library has none */
 };
 
 static inline spurion_cuda *spurion_cuda_of(spurion_dev *dev)
@@ -167,6 +170,8 @@ SPURION_CUDA_DECLARE(matrix_destroy);
 SPURION_CUDA_DECLARE(matrix_bytes);
 SPURION_CUDA_DECLARE(linear);
 SPURION_CUDA_DECLARE(linear_backward);
+SPURION_CUDA_DECLARE(linear_act);
+SPURION_CUDA_DECLARE(linear_act_backward);
 SPURION_CUDA_DECLARE(embed);
 SPURION_CUDA_DECLARE(gather_rows);
 SPURION_CUDA_DECLARE(scatter_rows);

@@ -151,6 +151,7 @@ extern "C" spurion_status spurion_dev_create_cuda(spurion_dev **out, spurion_dty
     }
     cuda->ordinal = ordinal;
     cuda->dev.dtype = dtype;
+    cuda->dev.mid = dtype;
     cuda->dev.thread_count = 1;
     cuda->dev.row_chunk = ROW_CHUNK;
     cuda->dev.own_memory = true;
@@ -175,7 +176,7 @@ extern "C" void spurion_cuda_destroy(spurion_dev *dev)
         (void)cudaStreamSynchronize(cuda->stream);
     }
     spurion_cuda_plans_destroy(cuda);
-    spurion_block blocks[] = {cuda->wide, cuda->workspace, cuda->pad_in, cuda->pad_out, cuda->work};
+    spurion_block blocks[] = {cuda->wide, cuda->workspace, cuda->pad_in, cuda->pad_out, cuda->pad_aux, cuda->work};
     for (const spurion_block &b : blocks) {
         (void)cudaFree(b.p);
     }

@@ -101,27 +101,28 @@ extern "C" spurion_status spurion_cuda_scatter_rows(spurion_dev *dev, float *out
 
 /* --- cast, add --- */
 
-static __global__ void cast_kernel(void *out, size_t out_stride, const float *x, size_t x_stride, int T, int C, spurion_dtype dtype, bool whole)
+static __global__ void cast_kernel(void *out, size_t out_stride, const void *x, size_t x_stride, int T, int C, spurion_dtype dtype,
+                                   spurion_dtype x_type, bool whole)
 {
     int64_t t;
     int c;
     if (!place4(&t, &c, T, C)) {
         return;
     }
-    spurion_four v = spurion_load4(x + (size_t)t * x_stride + (size_t)c, C - c, whole);
+    spurion_four v = spurion_load4_act(x, (size_t)t * x_stride + (size_t)c, C - c, whole, x_type);
     spurion_store4_act(out, (size_t)t * out_stride + (size_t)c, v, C - c, whole, dtype);
 }
 
-extern "C" spurion_status spurion_cuda_cast(spurion_dev *dev, void *out, int out_stride, const float *x, int x_stride, int T, int C)
+extern "C" spurion_status spurion_cuda_cast(spurion_dev *dev, void *out, int out_stride, const void *x, spurion_dtype x_type, int x_stride, int T, int C)
 {
     spurion_cuda *cuda = spurion_cuda_of(dev);
     SPURION_CUDA_DO(spurion_cuda_begin(cuda));
     if (T > 0) {
-        bool whole = spurion_whole(out, (size_t)out_stride, C, dev->dtype) && spurion_whole(x, (size_t)x_stride, C, SPURION_F32);
+        bool whole = spurion_whole(out, (size_t)out_stride, C, dev->dtype) && spurion_whole(x, (size_t)x_stride, C, x_type);
         SPURION_CUDA(cuda, spurion_cuda_launch(cuda, cast_kernel, grid4(T, C), SPURION_CUDA_THREADS, 0, out, (size_t)out_stride, x, (size_t)x_stride, T, C,
-                                               dev->dtype, whole));
+                                               dev->dtype, x_type, whole));
     }
-    return spurion_cuda_end(cuda, SPURION_CLASS_MOVE, 0, (double)T * C * (4 + (double)spurion_dtype_bytes(dev->dtype)));
+    return spurion_cuda_end(cuda, SPURION_CLASS_MOVE, 0, (double)T * C * (double)(spurion_dtype_bytes(x_type) + spurion_dtype_bytes(dev->dtype)));
 }
 
 static __global__ void add_kernel(float *out, const float *x, int T, int C, bool whole)

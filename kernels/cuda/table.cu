@@ -23,6 +23,8 @@ static spurion_ops make_table(void)
     FILL(matrix_bytes);
     FILL(linear);
     FILL(linear_backward);
+    FILL(linear_act);
+    FILL(linear_act_backward);
     FILL(embed);
     FILL(gather_rows);
     FILL(scatter_rows);

@@ -73,7 +73,7 @@ static void bench_product(spurion_dev *dev, int T, int N, int K, const char *wha
     onednn_loop_open(&l, T, N, K, dev->dtype == SPURION_BF16 ? dnnl_bf16 : dnnl_f32, x, out);
     for (int i = 0; i < ROUNDS; i++) {
         double t0 = now();
-        must(dev->ops->linear(dev, out, N, x, m, T, SPURION_OVERWRITE));
+        must(dev->ops->linear(dev, out, SPURION_F32, N, x, m, T, SPURION_OVERWRITE));
         double t1 = now();
         omp_set_num_threads(dev->thread_count);
         onednn_loop_run(&l);
@@ -112,7 +112,7 @@ static void bench_attention(spurion_dev *dev, int P, int C, int group, spurion_a
         must(dev->ops->attention(dev, out, lse, q, k, v, seqs, 1 + group, shape));
         double t1 = now();
         flops[0] = dev->profile.flops[SPURION_CLASS_ATTENTION];
-        must(dev->ops->attention_backward(dev, dq, dk, dv, shape.kv_heads * shape.head_dim, dout, out, lse, q, k, v, seqs + 1, group, shape));
+        must(dev->ops->attention_backward(dev, dq, dk, dv, shape.kv_heads * shape.head_dim, dout, SPURION_F32, out, lse, q, k, v, seqs + 1, group, shape));
         double t2 = now();
         flops[1] = dev->profile.flops[SPURION_CLASS_ATTENTION] - flops[0];
         forward = t1 - t0 < forward ? t1 - t0 : forward;
@@ -177,13 +177,13 @@ static void bench_rows(spurion_dev *dev, int T)
         double t[6] = {now()};
         must(dev->ops->norm(dev, act, NULL, D, NULL, x, D, w, NULL, (spurion_rows){T, 1, D}, 1e-5f, SPURION_NORM_RMS, SPURION_OVERWRITE));
         t[1] = now();
-        must(dev->ops->rope(dev, act, D, x, D, positions, table, (spurion_rows){T, 9, 64}, 64, SPURION_ROPE_HALF, 0));
+        must(dev->ops->rope(dev, act, D, x, SPURION_F32, D, positions, table, (spurion_rows){T, 9, 64}, 64, SPURION_ROPE_HALF, 0));
         t[2] = now();
-        must(dev->ops->activation(dev, act, x, T, F, SPURION_ACT_SILU, 1));
+        must(dev->ops->activation(dev, act, x, SPURION_F32, T, F, SPURION_ACT_SILU, 1));
         t[3] = now();
-        must(dev->ops->activation_backward(dev, act, x, dout, T, F, SPURION_ACT_SILU, 1));
+        must(dev->ops->activation_backward(dev, act, x, dout, SPURION_F32, T, F, SPURION_ACT_SILU, 1));
         t[4] = now();
-        must(dev->ops->cast(dev, act, D, x, D, T, D));
+        must(dev->ops->cast(dev, act, D, x, SPURION_F32, D, T, D));
         t[5] = now();
         for (int k = 0; k < 5; k++) {
             best[k] = t[k + 1] - t[k] < best[k] ? t[k + 1] - t[k] : best[k];

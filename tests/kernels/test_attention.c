@@ -259,7 +259,7 @@ static result run(kt *t, const batch *b, const spurion_seq *seqs, int seq_count)
     float *lse = kt_out(t, lse_size * 4), *dq = kt_out(t, b->q_size * 4), *dkv = kt_out(t, 2 * b->kv_size * 4);
     int stride = 2 * a.kv_heads * a.head_dim; /* dk and dv side by side, as a joint product wants them */
     KT_OK(t->ops->attention(t->dev, out, lse, q, k, v, seqs, seq_count, a));
-    KT_OK(t->ops->attention_backward(t->dev, dq, dkv, dkv + stride / 2, stride, kt_in(t, b->dout, b->q_size * 4), out, lse, q, k, v, seqs,
+    KT_OK(t->ops->attention_backward(t->dev, dq, dkv, dkv + stride / 2, stride, kt_in(t, b->dout, b->q_size * 4), SPURION_F32, out, lse, q, k, v, seqs,
                                      seq_count, a));
     result r = {kt_read_act(t, out, b->q_size), kt_read_floats(t, lse, lse_size), kt_read_floats(t, dq, b->q_size), malloc(b->kv_size * 4),
                 malloc(b->kv_size * 4)};
@@ -421,7 +421,7 @@ static void test_attention_refuses_shapes_it_has_no_room_for(void **state)
     static const spurion_attention_shape bad[] = {{3, 2, 64, 1, 0, 0}, {2, 2, 257, 1, 0, 0}, {2, 0, 16, 1, 0, 0}};
     for (size_t i = 0; i < KT_COUNT(bad); i++) {
         assert_int_equal(t.ops->attention(t.dev, x, x, x, x, x, &none, 1, bad[i]).code, SPURION_INVALID_ARGUMENT);
-        assert_int_equal(t.ops->attention_backward(t.dev, x, x, x, 8, x, x, x, x, x, x, &none, 1, bad[i]).code, SPURION_INVALID_ARGUMENT);
+        assert_int_equal(t.ops->attention_backward(t.dev, x, x, x, 8, x, SPURION_F32, x, x, x, x, x, &none, 1, bad[i]).code, SPURION_INVALID_ARGUMENT);
     }
     kt_close(&t);
 }

@@ -51,7 +51,7 @@ static void forward_case(spurion_dtype dtype, matrix_case c, spurion_write mode,
     read_strided(before, fill, c.T, c.N, stride, fill);
     void *dx = kt_in_typed(&t, x, (size_t)c.T * (size_t)c.K, dtype);
     float *out = kt_in(&t, fill, (size_t)c.T * (size_t)stride * sizeof *fill);
-    KT_OK(t.ops->linear(t.dev, out, stride, dx, m, c.T, mode));
+    KT_OK(t.ops->linear(t.dev, out, SPURION_F32, stride, dx, m, c.T, mode));
     float *all = kt_read_floats(&t, out, (size_t)c.T * (size_t)stride);
     read_strided(got, all, c.T, c.N, stride, fill);
     double *want = reference(x, w, bias, mode == SPURION_ACCUMULATE ? before : NULL, c);
@@ -77,7 +77,7 @@ static void backward_case(spurion_dtype dtype, matrix_case c, spurion_write mode
         }
     }
     float *dx = kt_in(&t, before, tk * sizeof *before);
-    KT_OK(t.ops->linear_backward(t.dev, dx, kt_in_typed(&t, dy, tn, dtype), m, c.T, mode));
+    KT_OK(t.ops->linear_backward(t.dev, dx, SPURION_F32, kt_in_typed(&t, dy, tn, dtype), m, c.T, mode));
     float *got = kt_read_floats(&t, dx, tk);
     matrix_case turned = {c.T, c.K, c.N, false};
     double *want = reference(dy, wt, NULL, mode == SPURION_ACCUMULATE ? before : NULL, turned);
@@ -111,7 +111,7 @@ static void test_matrix_keeps_its_own_dtype(void **state)
     spurion_matrix *m;
     KT_OK(t.ops->matrix_create(t.dev, &m, w, bias, c.N, c.K, SPURION_FORWARD, SPURION_F32));
     float *out = kt_out(&t, 350 * sizeof *out);
-    KT_OK(t.ops->linear(t.dev, out, c.N, kt_in(&t, x, 450 * sizeof *x), m, c.T, SPURION_OVERWRITE));
+    KT_OK(t.ops->linear(t.dev, out, SPURION_F32, c.N, kt_in(&t, x, 450 * sizeof *x), m, c.T, SPURION_OVERWRITE));
     float *got = kt_read_floats(&t, out, 350);
     double *want = reference(x, w, bias, NULL, c);
     kt_near("linear f32", got, want, 350, kt_tolerance_f32());
@@ -126,7 +126,7 @@ enum { ROWS = 200 };
 static float *all_rows(kt *t, const spurion_matrix *m, const float *x, int N, int K)
 {
     float *out = kt_out(t, (size_t)(ROWS * N) * sizeof *out);
-    KT_OK(t->ops->linear(t->dev, out, N, kt_in_act(t, x, (size_t)(ROWS * K)), m, ROWS, SPURION_OVERWRITE));
+    KT_OK(t->ops->linear(t->dev, out, SPURION_F32, N, kt_in_act(t, x, (size_t)(ROWS * K)), m, ROWS, SPURION_OVERWRITE));
     return kt_read_floats(t, out, (size_t)(ROWS * N));
 }
 
@@ -142,7 +142,7 @@ static void check_company(kt *t, const spurion_matrix *m, const float *x, const 
             memcpy(mixed + r * K, x + from[r] * K, (size_t)K * sizeof *x);
         }
         float *out = kt_out(t, (size_t)(T * N) * sizeof *out);
-        KT_OK(t->ops->linear(t->dev, out, N, kt_in_act(t, mixed, (size_t)(T * K)), m, T, SPURION_OVERWRITE));
+        KT_OK(t->ops->linear(t->dev, out, SPURION_F32, N, kt_in_act(t, mixed, (size_t)(T * K)), m, T, SPURION_OVERWRITE));
         float *got = kt_read_floats(t, out, (size_t)(T * N));
         for (int r = 0; r < T; r++) {
             kt_same_bits("a row in other company", got + r * N, alone + from[r] * N, (size_t)N * sizeof *got);
@@ -206,7 +206,7 @@ static void test_matrix_refuses_a_direction_it_was_not_made_for(void **state)
     spurion_matrix *m;
     KT_OK(t.ops->matrix_create(t.dev, &m, w, NULL, 8, 8, SPURION_FORWARD, SPURION_F32));
     float *x = kt_in(&t, w, 8 * sizeof *w), *out = kt_out(&t, 8 * sizeof *out);
-    assert_int_equal(t.ops->linear_backward(t.dev, out, x, m, 1, SPURION_OVERWRITE).code, SPURION_INTERNAL);
+    assert_int_equal(t.ops->linear_backward(t.dev, out, SPURION_F32, x, m, 1, SPURION_OVERWRITE).code, SPURION_INTERNAL);
     assert_true(t.ops->matrix_bytes(t.dev, 8, 8, SPURION_FORWARD, SPURION_F32) >= 64 * sizeof *w);
     /* the CPU packs each direction's weights anew; a GPU reads the same ones both ways */
     assert_true(t.ops->matrix_bytes(t.dev, 8, 8, SPURION_FORWARD | SPURION_BACKWARD, SPURION_F32) >= (kt_on_cpu() ? 128 : 64) * sizeof *w);

@@ -58,7 +58,7 @@ static void rope_case_run(spurion_dtype dtype, rope_case c)
          *dt = kt_in(&t, table, (size_t)(POSITIONS * c.rot) * 4);
     void *act = kt_out(&t, (size_t)(T * stride) * spurion_dtype_bytes(dtype));
     float *f32 = kt_out(&t, (size_t)(T * width) * 4), *back = kt_out(&t, (size_t)(T * width) * 4);
-    KT_OK(t.ops->rope(t.dev, act, stride, dx, width, dp, dt, c.shape, c.rot, c.style, 0));
+    KT_OK(t.ops->rope(t.dev, act, stride, dx, SPURION_F32, width, dp, dt, c.shape, c.rot, c.style, 0));
     KT_OK(t.ops->rope_f32(t.dev, f32, width, dx, width, dp, dt, c.shape, c.rot, c.style, 0));
     KT_OK(t.ops->rope_f32(t.dev, back, width, f32, width, dp, dt, c.shape, c.rot, c.style, 1));
     float *got = kt_read_floats(&t, f32, (size_t)(T * width)), *again = kt_read_floats(&t, back, (size_t)(T * width));

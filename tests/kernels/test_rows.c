@@ -92,7 +92,7 @@ static void cast_case(spurion_dtype dtype, int T, int C)
     x[0] = 1.00390625f; /* half way between two bf16: to the even one */
     x[xs - 1] = -3.0e38f;
     void *out = kt_out(&t, (size_t)(T * os) * spurion_dtype_bytes(dtype));
-    KT_OK(t.ops->cast(t.dev, out, os, kt_in(&t, x, (size_t)(T * xs) * sizeof *x), xs, T, C));
+    KT_OK(t.ops->cast(t.dev, out, os, kt_in(&t, x, (size_t)(T * xs) * sizeof *x), SPURION_F32, xs, T, C));
     float *got = kt_read_act(&t, out, (size_t)(T * os));
     for (int r = 0; r < T; r++) {
         for (int c = 0; c < os; c++) {
@@ -120,7 +120,7 @@ static void test_rows_cast_keeps_nan_and_infinity(void **state)
     kt_open(&t, SPURION_BF16, 1);
     float x[4] = {NAN, INFINITY, -INFINITY, 3.4e38f};
     void *out = kt_out(&t, 4 * 2);
-    KT_OK(t.ops->cast(t.dev, out, 4, kt_in(&t, x, sizeof x), 4, 1, 4));
+    KT_OK(t.ops->cast(t.dev, out, 4, kt_in(&t, x, sizeof x), SPURION_F32, 4, 1, 4));
     float *got = kt_read_act(&t, out, 4);
     assert_true(isnan(got[0]) && got[1] == INFINITY && got[2] == -INFINITY && got[3] == INFINITY);
     free(got);

@@ -103,13 +103,13 @@ static void test_table_profile_counts_calls_time_and_work(void **state)
     spurion_matrix *m;
     KT_OK(t.ops->matrix_create(t.dev, &m, w, NULL, 100, 50, SPURION_FORWARD, SPURION_F32));
     void *x = kt_in(&t, w, 20 * 50 * 4), *out = kt_out(&t, 20 * 100 * 4);
-    KT_OK(t.ops->linear(t.dev, out, 100, x, m, 20, SPURION_OVERWRITE));
+    KT_OK(t.ops->linear(t.dev, out, SPURION_F32, 100, x, m, 20, SPURION_OVERWRITE));
     KT_OK(t.ops->sync(t.dev));
     assert_true(kt_on_cpu() || t.dev->profile.seconds[SPURION_CLASS_GEMM] == 0); /* nobody asked a device for its times */
     memset(&t.dev->profile, 0, sizeof t.dev->profile);
     t.dev->timed = true;
-    KT_OK(t.ops->linear(t.dev, out, 100, x, m, 20, SPURION_OVERWRITE));
-    KT_OK(t.ops->linear(t.dev, out, 100, x, m, 20, SPURION_OVERWRITE));
+    KT_OK(t.ops->linear(t.dev, out, SPURION_F32, 100, x, m, 20, SPURION_OVERWRITE));
+    KT_OK(t.ops->linear(t.dev, out, SPURION_F32, 100, x, m, 20, SPURION_OVERWRITE));
     KT_OK(t.ops->sync(t.dev)); /* a device's times are known when it has been waited for */
     const spurion_profile *p = &t.dev->profile;
     assert_int_equal(p->calls[SPURION_CLASS_GEMM], 2);

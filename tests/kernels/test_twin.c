@@ -60,8 +60,8 @@ static void rowwise(kt *t, float **norm, float **rope, float **act, float **back
     void *a = kt_out(t, n * 4), *b = kt_out(t, n * 4), *c = kt_out(t, n * 4), *d = kt_out(t, 2 * n * 4);
     KT_OK(t->ops->norm(t->dev, NULL, a, C, NULL, dx, C, dw, dw, (spurion_rows){T, 1, C}, 1e-5f, SPURION_NORM_LAYER, SPURION_OVERWRITE));
     KT_OK(t->ops->rope_f32(t->dev, b, C, dx, C, places, table, (spurion_rows){T, heads, C / heads}, C / heads / 2 * 2, SPURION_ROPE_HALF, 0));
-    KT_OK(t->ops->activation(t->dev, c, dx, T, C, SPURION_ACT_GELU_TANH, 1));
-    KT_OK(t->ops->activation_backward(t->dev, d, dx, a, T, C, SPURION_ACT_SILU, 1));
+    KT_OK(t->ops->activation(t->dev, c, dx, SPURION_F32, T, C, SPURION_ACT_GELU_TANH, 1));
+    KT_OK(t->ops->activation_backward(t->dev, d, dx, a, SPURION_F32, T, C, SPURION_ACT_SILU, 1));
     *norm = kt_read_floats(t, a, n), *rope = kt_read_floats(t, b, n), *act = kt_read_act(t, c, n), *back = kt_read_act(t, d, 2 * n);
     free(x), free(w), free(angles), free(positions);
 }
@@ -98,8 +98,8 @@ static void products(kt *t, float **forward, float **backward, int T, int N, int
     spurion_matrix *m;
     KT_OK(t->ops->matrix_create(t->dev, &m, w, bias, N, K, SPURION_FORWARD | SPURION_BACKWARD, t->dev->dtype));
     float *out = kt_in(t, dy, (size_t)T * (size_t)N * 4), *dx = kt_out(t, (size_t)T * (size_t)K * 4);
-    KT_OK(t->ops->linear(t->dev, out, N, kt_in_act(t, x, (size_t)T * (size_t)K), m, T, SPURION_ACCUMULATE));
-    KT_OK(t->ops->linear_backward(t->dev, dx, kt_in_act(t, dy, (size_t)T * (size_t)N), m, T, SPURION_OVERWRITE));
+    KT_OK(t->ops->linear(t->dev, out, SPURION_F32, N, kt_in_act(t, x, (size_t)T * (size_t)K), m, T, SPURION_ACCUMULATE));
+    KT_OK(t->ops->linear_backward(t->dev, dx, SPURION_F32, kt_in_act(t, dy, (size_t)T * (size_t)N), m, T, SPURION_OVERWRITE));
     *forward = kt_read_floats(t, out, (size_t)T * (size_t)N);
     *backward = kt_read_floats(t, dx, (size_t)T * (size_t)K);
     t->ops->matrix_destroy(t->dev, m);
@@ -159,8 +159,8 @@ static void sweep(kt *t, const spurion_matrix *m, int outputs, int inner, bool b
         size_t bytes = (size_t)sizes[i] * (size_t)outputs * sizeof(float);
         void *out;
         KT_OK(t->ops->alloc(t->dev, &out, bytes));
-        KT_OK(backward ? t->ops->linear_backward(t->dev, out, in, m, sizes[i], SPURION_OVERWRITE)
-                       : t->ops->linear(t->dev, out, outputs, in, m, sizes[i], SPURION_OVERWRITE));
+        KT_OK(backward ? t->ops->linear_backward(t->dev, out, SPURION_F32, in, m, sizes[i], SPURION_OVERWRITE)
+                       : t->ops->linear(t->dev, out, SPURION_F32, outputs, in, m, sizes[i], SPURION_OVERWRITE));
         float *got = kt_read_floats(t, out, (size_t)sizes[i] * (size_t)outputs);
         t->ops->free(t->dev, out);
         if (all == NULL) {

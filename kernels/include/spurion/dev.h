@@ -46,7 +46,8 @@ struct spurion_ops;
 /* The public part of a device; each backend's own struct begins with it. */
 typedef struct spurion_dev {
     const struct spurion_ops *ops;
-    spurion_dtype dtype;     /* type of matrix inputs ("act" below): f32 or bf16; everything else is f32 */
+    spurion_dtype dtype;     /* type of matrix inputs ("act" in ops.h): f32 or bf16 */
+    spurion_dtype mid;       /* type that suits it for what only lies between a product and a row-wise op: f32, or act to halve those bytes */
     int thread_count;        /* CPU: workers in use, with the caller */
     int row_chunk;           /* rows at a time that suit row-wise work between two matrix products */
     bool timed;              /* set by whoever wants seconds of a device that takes them from events in its stream (CUDA); the CPU always does */

@@ -1,7 +1,7 @@
 /* The table of ops that each backend fills without a hole. One op, one file, twice: cpu/<op>.c, cuda/<op>.cu.
  *
  * Terms. T rows of a packed token array; "act" = the device's matrix-input type (dev->dtype: f32 or bf16), everything else
- * f32 or int32. All arrays are device memory and row-major unless "host" stands there. A stride is in elements.
+ * f32 or int32. Where an op is told a type, it takes f32 or act, on every device; dev->mid is the one that suits the device. All arrays are device memory and row-major unless "host" stands there. A stride is in elements.
  * Ops enqueue on the device's stream (the CPU backend has finished when it returns).
  * Promise of every op: a row's result depends on that row's inputs only, bit by bit: not on T, not on its place in the
  * batch, not on the thread count. Reductions are in f32 or wider, in an order fixed by the row's own length.
@@ -22,6 +22,14 @@ typedef struct spurion_matrix spurion_matrix;
  * it keeps and their values are those of a product in the matrix's dtype. Else as FORWARD. Not together with another direction,
  * not for GROUPMAX. */
 enum { SPURION_FORWARD = 1, SPURION_BACKWARD = 2, SPURION_SELECT = 4 };
+
+/* The same with outputs of type act; and with GELU (tanh) behind, or its gradient: linear_act, linear_act_backward of that kind, not gated.
+ * A device may have to choose an algorithm for each. */
+enum { SPURION_FORWARD_ACT = 8, SPURION_BACKWARD_ACT = 16, SPURION_FORWARD_GELU = 32, SPURION_BACKWARD_GELU = 64 };
+enum {
+    SPURION_ANY_FORWARD = SPURION_FORWARD | SPURION_SELECT | SPURION_FORWARD_ACT | SPURION_FORWARD_GELU,
+    SPURION_ANY_BACKWARD = SPURION_BACKWARD | SPURION_BACKWARD_ACT | SPURION_BACKWARD_GELU
+};
 
 typedef enum spurion_write { SPURION_OVERWRITE = 0, SPURION_ACCUMULATE = 1 } spurion_write;
 
@@ -139,10 +147,21 @@ typedef struct spurion_ops {
                                     int directions, spurion_dtype dtype);
     void (*matrix_destroy)(spurion_dev *dev, spurion_matrix *m);
     size_t (*matrix_bytes)(const spurion_dev *dev, int N, int K, int directions, spurion_dtype dtype); /* memory of one, exact */
-    /* out[t,n] (+)= sum_k x[t,k] w[n,k] + bias[n].   out (T, N) f32 stride out_stride;  x (T, K) of the matrix's dtype, dense. */
-    spurion_status (*linear)(spurion_dev *dev, float *out, int out_stride, const void *x, const spurion_matrix *w, int T, spurion_write mode);
-    /* dx[t,k] (+)= sum_n dy[t,n] w[n,k].             dx (T, K) f32;  dy (T, N) of the matrix's dtype, dense. */
-    spurion_status (*linear_backward)(spurion_dev *dev, float *dx, const void *dy, const spurion_matrix *w, int T, spurion_write mode);
+    /* out[t,n] (+)= sum_k x[t,k] w[n,k] + bias[n].   out (T, N) of out_type, stride out_stride;  x (T, K) of the matrix's dtype, dense.
+     * Sums in f32; a bf16 out is rounded once, its bias is rounded to bf16 first, and it cannot be added to. */
+    spurion_status (*linear)(spurion_dev *dev, void *out, spurion_dtype out_type, int out_stride, const void *x, const spurion_matrix *w, int T,
+                             spurion_write mode);
+    /* dx[t,k] (+)= sum_n dy[t,n] w[n,k].             dx (T, K) of dx_type;  dy (T, N) of the matrix's dtype, dense. */
+    spurion_status (*linear_backward)(spurion_dev *dev, void *dx, spurion_dtype dx_type, const void *dy, const spurion_matrix *w, int T,
+                                      spurion_write mode);
+    /* linear and the activation behind it: pre (T, N) of type = x w^T + bias, out (T, N or, gated, N / 2) act = activation of pre.
+     * keep: pre is wanted; else it is scratch of that size, and means nothing afterwards. The same out in either case. */
+    spurion_status (*linear_act)(spurion_dev *dev, void *out, void *pre, spurion_dtype type, bool keep, const void *x, const spurion_matrix *w, int T,
+                                 spurion_act_kind kind, int gated);
+    /* linear_backward and the gradient of the activation before it: dpre (T, K or, gated, 2 K) act from dy (T, N) and pre, which has dpre's shape.
+     * dout (T, K): scratch. pre and dout of type. */
+    spurion_status (*linear_act_backward)(spurion_dev *dev, void *dpre, void *dout, spurion_dtype type, const void *dy, const spurion_matrix *w,
+                                          const void *pre, int T, spurion_act_kind kind, int gated);
 
     /* --- rows --- */
     /* out[t] = table[ids[t]] * scale (+ position_table[positions[t]]).  out (T, D) f32;  table (V, D) dtype f32 or bf16. */
@@ -153,8 +172,8 @@ typedef struct spurion_ops {
     spurion_status (*scatter_rows)(spurion_dev *dev, float *out, const float *in, const int32_t *rows, int R, int C, spurion_write mode);
     /* The same for act rows. */
     spurion_status (*gather_act)(spurion_dev *dev, void *out, const void *in, const int32_t *rows, int R, int C);
-    /* out (T, C) act, stride out_stride = x (T, C) f32, stride x_stride, rounded to nearest even. */
-    spurion_status (*cast)(spurion_dev *dev, void *out, int out_stride, const float *x, int x_stride, int T, int C);
+    /* out (T, C) act, stride out_stride = x (T, C) of x_type, stride x_stride, rounded to nearest even. */
+    spurion_status (*cast)(spurion_dev *dev, void *out, int out_stride, const void *x, spurion_dtype x_type, int x_stride, int T, int C);
     /* out[t,c] += x[t,c].  (T, C) f32 */
     spurion_status (*add)(spurion_dev *dev, float *out, const float *x, int T, int C);
     /* out[r] = sum_c a[r,c] b[r * b_stride + c] + bias: (R) f32 from a (R, C); sums in f64, in order. b_stride 0: one b for all. */
@@ -175,13 +194,13 @@ typedef struct spurion_ops {
     spurion_status (*norm_backward)(spurion_dev *dev, float *dx, int dx_stride, const float *dy, int dy_stride, const float *x, int x_stride,
                                     const float *stats, const float *w, spurion_rows shape, spurion_norm_kind kind, spurion_write mode);
 
-    /* --- rotary embedding ---  out (T, heads, hd) act from x f32; the first rot of each head's hd dimensions turn by the angle of
-     * the row's position: table (position_max, rot/2, 2) f32 = (cos, sin). inverse != 0: the other way (the backward pass).
+    /* --- rotary embedding ---  out (T, heads, hd) act from x of x_type; the first rot of each head's hd dimensions turn by the
+     * angle of the row's position: table (position_max, rot/2, 2) f32 = (cos, sin). inverse != 0: the other way (the backward pass).
      * style NONE copies. */
-    spurion_status (*rope)(spurion_dev *dev, void *out, int out_stride, const float *x, int x_stride, const int32_t *positions,
+    spurion_status (*rope)(spurion_dev *dev, void *out, int out_stride, const void *x, spurion_dtype x_type, int x_stride, const int32_t *positions,
                            const float *table, spurion_rows shape, int rot, spurion_rope_style style, int inverse);
 
-    /* The same with f32 out, for what is differentiated further (a norm before the rotation). */
+    /* The same from f32 to f32, for what is differentiated further (a norm before the rotation). */
     spurion_status (*rope_f32)(spurion_dev *dev, float *out, int out_stride, const float *x, int x_stride, const int32_t *positions,
                                const float *table, spurion_rows shape, int rot, spurion_rope_style style, int inverse);
 
@@ -191,16 +210,17 @@ typedef struct spurion_ops {
     spurion_status (*attention)(spurion_dev *dev, void *out, float *lse, const void *q, const void *k, const void *v,
                                 const spurion_seq *seqs, int seq_count, spurion_attention_shape shape);
     /* dq (rows, heads * hd) f32 for the query rows: overwrites. dk, dv (rows, kv_heads * hd) f32, stride dkv_stride, for positions
-     * dkv_position .. last query: overwrites, summed over the queries of the same seq. dout (rows, heads * hd) f32.
+     * dkv_position .. last query: overwrites, summed over the queries of the same seq. dout (rows, heads * hd) of dout_type.
      * No two seqs may share dkv rows. Deterministic. */
-    spurion_status (*attention_backward)(spurion_dev *dev, float *dq, float *dk, float *dv, int dkv_stride, const float *dout,
+    spurion_status (*attention_backward)(spurion_dev *dev, float *dq, float *dk, float *dv, int dkv_stride, const void *dout, spurion_dtype dout_type,
                                          const void *out, const float *lse, const void *q, const void *k, const void *v,
                                          const spurion_seq *seqs, int seq_count, spurion_attention_shape shape);
 
-    /* --- activations ---  gated: pre (T, 2F) = [gate, up], out = act(gate) * up;  else pre (T, F), out = act(pre).  out (T, F) act. */
-    spurion_status (*activation)(spurion_dev *dev, void *out, const float *pre, int T, int F, spurion_act_kind kind, int gated);
-    /* dpre (T, F or 2F) act from dout (T, F) f32. */
-    spurion_status (*activation_backward)(spurion_dev *dev, void *dpre, const float *pre, const float *dout, int T, int F,
+    /* --- activations ---  gated: pre (T, 2F) = [gate, up], out = act(gate) * up;  else pre (T, F), out = act(pre).  out (T, F) act.
+     * pre (and dout) of type. */
+    spurion_status (*activation)(spurion_dev *dev, void *out, const void *pre, spurion_dtype type, int T, int F, spurion_act_kind kind, int gated);
+    /* dpre (T, F or 2F) act from dout (T, F). */
+    spurion_status (*activation_backward)(spurion_dev *dev, void *dpre, const void *pre, const void *dout, spurion_dtype type, int T, int F,
                                           spurion_act_kind kind, int gated);
 
     /* --- sparse autoencoders --- */
