@@ -224,6 +224,9 @@ spurion_status spurion_engine_create(spurion_engine **out, const spurion_config 
     SPURION_TRY(st, points_find(e, l));
     SPURION_TRY(st, spurion_dev_create(&e->dev, config->engine.device, config->model.dtype, config->engine.threads));
     SPURION_TRY(st, device_load(e, l));
+    if (e->dev->own_memory) { /* which it is, and how it makes the products that it was just given */
+        spurion_log_info("DEVICE", "%s", e->dev->name);
+    }
     SPURION_TRY(st, spurion_weights_digest(e->weights_digest, l->weights));
     SPURION_TRY(st, spurion_provenance_make(e->provenance, &e->provenance_text, e, config));
     spurion_weights_close(l->weights);

@@ -24,7 +24,7 @@ if [ $# != 1 ] || [ "${1#-}" != "$1" ]; then usage; fi
 out=$1
 fail() { echo "pack.sh: $*" >&2; exit 65; }
 
-programs="spuriond spurion spurion-probe test_table test_rows test_norm test_rope test_activation test_matrix test_attention test_sae test_twin"
+programs="spuriond spurion spurion-probe test_table test_rows test_norm test_rope test_activation test_matrix test_fused test_attention test_sae test_twin"
 # Of every Linux, or of the driver and the toolkit: not ours to bring.
 theirs='^(linux-vdso|ld-linux.*|libc|libm|libdl|librt|libpthread|libresolv|libutil|libnss_.*|libcuda|libcublas.*|libcudart|libcudnn.*|libnv.*)\.so'
 

@@ -77,7 +77,7 @@ sanitize() {
     wait
 }
 
-ops="table rows norm rope activation matrix attention sae"
+ops="table rows norm rope activation matrix fused attention sae"
 main() {
     local tiny=() t
     [ $rehearse = 0 ] || { echo "REHEARSAL on the CPU: nothing here is a result of a GPU"; tiny=(--tiny); }

@@ -176,7 +176,7 @@ static spurion_status run(spurion_cuda *cuda, const spurion_matrix *m, const spu
     double n = m->N, k = m->K, t = T, out = (double)spurion_dtype_bytes(plan->out) * plan->outputs;
     SPURION_CUDA_DO(spurion_cuda_begin(cuda));
     SPURION_CUDA_DO(run_product(cuda, &p, a, T, false));
-    return spurion_cuda_end(cuda, SPURION_CLASS_GEMM, 2 * t * n * k + (plan->behind == SPURION_BEHIND_NOTHING ? 0 : 25 * t * plan->outputs),
+    return spurion_cuda_end(cuda, SPURION_CLASS_GEMM, 2 * t * n * k,
                             (double)spurion_dtype_bytes(m->dtype) * (n * k + t * plan->inner) + t * (out + (double)a.aux_bytes));
 }
 

@@ -6,6 +6,7 @@ kernels/ touches device memory (the emulator lets nobody in but kernels, copies 
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -101,6 +102,23 @@ def test_emulated_profile_times_every_op_by_the_stream_and_counts_the_cpus_work(
     for name in ("gemm", "attention", "norm", "rope", "activation"):
         assert found["cuda:0"][name]["flops"] == found["cpu"][name]["flops"] > 0
     assert found["cpu"]["move"]["bytes"] < 64 << 20  # a load moves more
+
+
+def test_emulated_gelu_stands_behind_its_product_or_in_a_pass_of_its_own():
+    """GPT-J in bf16 with every epilogue, with none, with the one alone that keeps its input, and with two that do not agree: the same verdicts but for
+    rounding; where the library has none, check says so."""
+    folder, options, rows, passes = STORED / "small-gptj", ("--set", "model.dtype=bf16"), {}, {}
+    for offer in (3, 0, 1, 2):
+        done = run("judge", folder, stdin=(folder / "rollouts.jsonl").read_bytes(), options=(*options, "--profile"), EPILOGUES=offer)
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows[offer], passes[offer] = [json.loads(line) for line in done.stdout.splitlines()], profile_of(done)["ops"]["activation"]["calls"]
+        said = run("check", folder, options=options, EPILOGUES=offer).stdout.decode()
+        assert ("GELU by a pass of its own" in said) == (offer == 0), said
+    assert passes[0] > 0 and passes[1] == passes[2] == passes[3] == 0, passes
+    assert rows[1] == rows[2] == rows[3]  # the epilogue that does not agree is never taken
+    sd = statistics.pstdev(r["reward"] for r in rows[3])
+    for key in ("reward", "effect"):
+        assert max(abs(a[key] - b[key]) for a, b in zip(rows[0], rows[3])) < 0.05 * sd, key
 
 
 def test_emulated_a_pass_without_variants_waits_once(tmp_path):

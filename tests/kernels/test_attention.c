@@ -30,6 +30,7 @@ typedef struct batch {
     spurion_seq seqs[SEQS_MAX];
     int seq_count;
     float *q, *k, *v, *dout; /* host, rounded to the device's dtype (dout f32) */
+    spurion_dtype dout_type; /* as which it is given */
     size_t q_size, kv_size;
 } batch;
 
@@ -259,8 +260,8 @@ static result run(kt *t, const batch *b, const spurion_seq *seqs, int seq_count)
     float *lse = kt_out(t, lse_size * 4), *dq = kt_out(t, b->q_size * 4), *dkv = kt_out(t, 2 * b->kv_size * 4);
     int stride = 2 * a.kv_heads * a.head_dim; /* dk and dv side by side, as a joint product wants them */
     KT_OK(t->ops->attention(t->dev, out, lse, q, k, v, seqs, seq_count, a));
-    KT_OK(t->ops->attention_backward(t->dev, dq, dkv, dkv + stride / 2, stride, kt_in(t, b->dout, b->q_size * 4), SPURION_F32, out, lse, q, k, v, seqs,
-                                     seq_count, a));
+    KT_OK(t->ops->attention_backward(t->dev, dq, dkv, dkv + stride / 2, stride, kt_in_typed(t, b->dout, b->q_size, b->dout_type), b->dout_type, out,
+                                     lse, q, k, v, seqs, seq_count, a));
     result r = {kt_read_act(t, out, b->q_size), kt_read_floats(t, lse, lse_size), kt_read_floats(t, dq, b->q_size), malloc(b->kv_size * 4),
                 malloc(b->kv_size * 4)};
     float *both = kt_read_floats(t, dkv, 2 * b->kv_size);
@@ -338,6 +339,33 @@ static void same_member(const batch *b, const result *x, const result *y, int m)
     kt_same_bits("dq", x->dq + row * heads * hd, y->dq + row * heads * hd, count * heads * hd * 4);
     kt_same_bits("dk", x->dk + row * kv, y->dk + row * kv, count * kv * 4);
     kt_same_bits("dv", x->dv + row * kv, y->dv + row * kv, count * kv * 4);
+}
+
+/* A gradient that act holds gives the same bits in either type. */
+static void narrow_case_run(att_case c)
+{
+    kt t;
+    kt_open(&t, SPURION_BF16, 2);
+    batch b = make(&t, c);
+    kt_round_all(b.dout, b.q_size, SPURION_BF16);
+    result wide = run(&t, &b, b.seqs, b.seq_count);
+    b.dout_type = SPURION_BF16;
+    result narrow = run(&t, &b, b.seqs, b.seq_count);
+    for (int m = 0; m < b.c.members; m++) {
+        same_member(&b, &wide, &narrow, m);
+    }
+    drop_result(&wide);
+    drop_result(&narrow);
+    drop(&b);
+    kt_close(&t);
+}
+
+static void test_attention_takes_gradients_in_bf16(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < KT_COUNT(cases); i++) {
+        narrow_case_run(cases[i]);
+    }
 }
 
 static void test_attention_is_the_same_alone_twice_and_on_any_threads(void **state)
@@ -431,6 +459,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_attention_reference_agrees_with_differences),
         cmocka_unit_test(test_attention_matches_double),
+        cmocka_unit_test(test_attention_takes_gradients_in_bf16),
         cmocka_unit_test(test_attention_is_the_same_alone_twice_and_on_any_threads),
         cmocka_unit_test(test_attention_does_not_see_where_pieces_end),
         cmocka_unit_test(test_attention_refuses_shapes_it_has_no_room_for),

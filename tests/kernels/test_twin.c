@@ -128,17 +128,73 @@ static void test_twin_products_agree(void **state)
     }
 }
 
+/* What a model's products have around them: outputs of act, activations behind and their gradients before. */
+enum { FUSED = 4 };
+
+static void fused(kt *t, float **r, size_t *size, int T, int N, int K, spurion_act_kind kind, int gated)
+{
+    kt_seed(t, 13);
+    spurion_dtype mid = t->dev->dtype; /* of both, whatever suits either */
+    size_t tn = (size_t)T * (size_t)N, tk = (size_t)T * (size_t)K, bytes = spurion_dtype_bytes(mid), back = tk * (gated ? 2 : 1);
+    int F = gated ? N / 2 : N, use = SPURION_FORWARD_ACT | SPURION_BACKWARD_ACT | SPURION_FORWARD_GELU | SPURION_BACKWARD_GELU;
+    float *w = kt_floats(t, (size_t)N * (size_t)K, 0.1), *bias = kt_floats(t, (size_t)N, 1.0), *x = kt_floats(t, tk, 1.0), *dy = kt_floats(t, tn, 1.0),
+          *pre = kt_floats(t, back, 2.0);
+    spurion_matrix *m;
+    KT_OK(t->ops->matrix_create(t->dev, &m, w, bias, N, K, use, mid));
+    void *dx = kt_in_act(t, x, tk), *ddy = kt_in_act(t, dy, tn), *out = kt_out(t, tn * bytes), *kept = kt_out(t, tn * bytes);
+    void *act = kt_out(t, (size_t)T * (size_t)F * bytes), *scratch = kt_out(t, tk * bytes), *dpre = kt_out(t, back * bytes);
+    KT_OK(t->ops->linear(t->dev, out, mid, N, dx, m, T, SPURION_OVERWRITE));
+    KT_OK(t->ops->linear_act(t->dev, act, kept, mid, true, dx, m, T, kind, gated));
+    KT_OK(t->ops->linear_act_backward(t->dev, dpre, scratch, mid, ddy, m, kt_in_act(t, pre, back), T, kind, gated));
+    size[0] = tn, size[1] = tn, size[2] = (size_t)T * (size_t)F, size[3] = back;
+    r[0] = kt_read_act(t, out, tn), r[1] = kt_read_act(t, kept, tn), r[2] = kt_read_act(t, act, size[2]), r[3] = kt_read_act(t, dpre, back);
+    t->ops->matrix_destroy(t->dev, m);
+    free(w), free(bias), free(x), free(dy), free(pre);
+}
+
+static void test_twin_fused_products_agree(void **state)
+{
+    static const int sizes[][3] = {{1, 8, 8}, {130, 96, 64}, {257, 40, 72}, {6, 34, 17}};
+    static const char *const names[FUSED] = {"linear to act", "what is kept", "linear_act", "linear_act_backward"};
+    (void)state;
+    for (int dtype = SPURION_F32; dtype <= SPURION_BF16; dtype++) {
+        for (size_t i = 0; i < 2 * KT_COUNT(sizes); i++) {
+            pair p;
+            float *r[2][FUSED];
+            size_t size[FUSED];
+            int gated = i % 2;
+            const int *s = sizes[i / 2];
+            open_pair(&p, (spurion_dtype)dtype);
+            fused(&p.cpu, r[0], size, s[0], s[1], s[2], gated ? SPURION_ACT_SILU : SPURION_ACT_GELU_TANH, gated);
+            fused(&p.dev, r[1], size, s[0], s[1], s[2], gated ? SPURION_ACT_SILU : SPURION_ACT_GELU_TANH, gated);
+            for (int k = 0; k < FUSED; k++) {
+                compare(names[k], r[0][k], r[1][k], size[k], twin_tolerance(&p, true));
+                free(r[0][k]), free(r[1][k]);
+            }
+            close_pair(&p);
+        }
+    }
+}
+
 /* --- the sweep over M --- */
 
 typedef struct sweep_shape {
     int N, K;
     bool real;
+    int use; /* besides outputs in f32, both ways */
 } sweep_shape;
 
+enum {
+    TO_ACT = SPURION_FORWARD_ACT,
+    BACK_ACT = SPURION_BACKWARD_ACT,
+    GELU = SPURION_FORWARD_GELU,
+    SLOPE = SPURION_BACKWARD_GELU
+};
+
 static const sweep_shape shapes[] = {
-    {96, 64, false},      {200, 136, false},                                                                /* small, always */
-    {4096, 4096, true},   {8192, 4096, true},   {16384, 4096, true}, {4096, 16384, true},                   /* GPT-J-6B: q, o; kv; up; down */
-    {2048, 4096, true},   {28672, 4096, true},  {4096, 14336, true}, {65536, 4096, true},                   /* Llama-3-8B: kv; gate and up; down; an SAE */
+    {96, 64, false, TO_ACT | BACK_ACT | GELU | SLOPE}, {200, 136, false, TO_ACT | BACK_ACT | GELU | SLOPE},                       /* small, always */
+    {4096, 4096, true, TO_ACT | BACK_ACT}, {8192, 4096, true, TO_ACT}, {16384, 4096, true, GELU}, {4096, 16384, true, SLOPE},     /* GPT-J-6B: q, o; kv; up; down */
+    {2048, 4096, true, TO_ACT}, {28672, 4096, true, TO_ACT}, {4096, 14336, true, BACK_ACT}, {65536, 4096, true, 0}, /* Llama-3-8B: kv; gate and up; down; an SAE */
 };
 
 static void fill_weights(float *w, size_t n)
@@ -148,20 +204,47 @@ static void fill_weights(float *w, size_t n)
     }
 }
 
-/* Rows 0 .. M - 1 of one input, for every M of the list, against the same rows of the longest run. */
-static void sweep(kt *t, const spurion_matrix *m, int outputs, int inner, bool backward, const int *sizes, int count)
+/* The forms of a product: bf16 outputs, GELU behind with its input kept and without, its derivative. */
+static spurion_status run_form(kt *t, int form, void *out, void *pre, bool keep, int outputs, const void *in, const spurion_matrix *m, int T)
+{
+    spurion_dtype act = t->dev->dtype;
+    switch (form) {
+    case SPURION_FORWARD:
+        return t->ops->linear(t->dev, out, SPURION_F32, outputs, in, m, T, SPURION_OVERWRITE);
+    case SPURION_BACKWARD:
+        return t->ops->linear_backward(t->dev, out, SPURION_F32, in, m, T, SPURION_OVERWRITE);
+    case TO_ACT:
+        return t->ops->linear(t->dev, out, act, outputs, in, m, T, SPURION_OVERWRITE);
+    case BACK_ACT:
+        return t->ops->linear_backward(t->dev, out, act, in, m, T, SPURION_OVERWRITE);
+    case GELU:
+        return t->ops->linear_act(t->dev, out, pre, act, keep, in, m, T, SPURION_ACT_GELU_TANH, 0);
+    default: /* dout is not read, so that pre serves as both where there is no epilogue */
+        return t->ops->linear_act_backward(t->dev, out, (char *)pre + (size_t)T * (size_t)outputs * spurion_dtype_bytes(act), act, in, m, pre, T,
+                                           SPURION_ACT_GELU_TANH, 0);
+    }
+}
+
+/* Rows 0 .. M - 1 of one input, for every M of the list, against the same rows of the longest run; runs of even place do not keep pre. */
+static void sweep(kt *t, const spurion_matrix *m, int outputs, int inner, int form, const int *sizes, int count)
 {
     int most = sizes[count - 1];
     float *x = kt_floats(t, (size_t)most * (size_t)inner, 1.0);
     void *in = m == NULL ? NULL : kt_in_act(t, x, (size_t)most * (size_t)inner);
     float *all = NULL;
+    bool wide = form == SPURION_FORWARD || form == SPURION_BACKWARD;
+    void *pre = NULL;
+    if (form == GELU || form == SLOPE) {
+        size_t n = (size_t)most * (size_t)outputs;
+        KT_OK(t->ops->alloc(t->dev, &pre, 2 * n * spurion_dtype_bytes(t->dev->dtype)));
+        KT_OK(t->ops->zero(t->dev, pre, 2 * n * spurion_dtype_bytes(t->dev->dtype)));
+    }
     for (int i = count - 1; i >= 0; i--) {
-        size_t bytes = (size_t)sizes[i] * (size_t)outputs * sizeof(float);
+        size_t n = (size_t)sizes[i] * (size_t)outputs, bytes = n * sizeof(float);
         void *out;
         KT_OK(t->ops->alloc(t->dev, &out, bytes));
-        KT_OK(backward ? t->ops->linear_backward(t->dev, out, SPURION_F32, in, m, sizes[i], SPURION_OVERWRITE)
-                       : t->ops->linear(t->dev, out, SPURION_F32, outputs, in, m, sizes[i], SPURION_OVERWRITE));
-        float *got = kt_read_floats(t, out, (size_t)sizes[i] * (size_t)outputs);
+        KT_OK(run_form(t, form, out, pre, i % 2 == 1, outputs, in, m, sizes[i]));
+        float *got = wide ? kt_read_floats(t, out, n) : kt_read_act(t, out, n);
         t->ops->free(t->dev, out);
         if (all == NULL) {
             all = got;
@@ -170,6 +253,7 @@ static void sweep(kt *t, const spurion_matrix *m, int outputs, int inner, bool b
         kt_same_bits("rows of a shorter run", got, all, bytes);
         free(got);
     }
+    t->ops->free(t->dev, pre);
     free(x), free(all);
 }
 
@@ -192,10 +276,16 @@ static void test_twin_row_is_the_same_whatever_m_is(void **state)
             assert_non_null(bias);
             fill_weights(w, (size_t)s->N * (size_t)s->K);
             kt_open(&t, (spurion_dtype)dtype, 2);
-            KT_OK(t.ops->matrix_create(t.dev, &m, w, i % 2 ? bias : NULL, s->N, s->K, SPURION_FORWARD | SPURION_BACKWARD, (spurion_dtype)dtype));
-            sweep(&t, m, s->N, s->K, false, s->real ? large : small, s->real ? (int)KT_COUNT(large) : (int)KT_COUNT(small));
-            sweep(&t, m, s->K, s->N, true, s->real ? large : small, s->real ? (int)KT_COUNT(large) : (int)KT_COUNT(small));
-            printf("%s (N %d, K %d): the same bits for every M, both directions\n", dtype == SPURION_BF16 ? "bf16" : "f32", s->N, s->K);
+            int use = SPURION_FORWARD | SPURION_BACKWARD | s->use, forms = 0;
+            KT_OK(t.ops->matrix_create(t.dev, &m, w, i % 2 ? bias : NULL, s->N, s->K, use, (spurion_dtype)dtype));
+            for (int form = SPURION_FORWARD; form <= SLOPE; form *= 2) {
+                bool forward = form & (SPURION_FORWARD | TO_ACT | GELU);
+                if (use & form) {
+                    sweep(&t, m, forward ? s->N : s->K, forward ? s->K : s->N, form, s->real ? large : small, s->real ? (int)KT_COUNT(large) : (int)KT_COUNT(small));
+                    forms++;
+                }
+            }
+            printf("%s (N %d, K %d): the same bits for every M, %d forms\n", dtype == SPURION_BF16 ? "bf16" : "f32", s->N, s->K, forms);
             t.ops->matrix_destroy(t.dev, m);
             free(w), free(bias);
             kt_close(&t);
@@ -208,6 +298,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_twin_row_wise_ops_agree),
         cmocka_unit_test(test_twin_products_agree),
+        cmocka_unit_test(test_twin_fused_products_agree),
         cmocka_unit_test(test_twin_row_is_the_same_whatever_m_is),
     };
     return cmocka_run_group_tests_name("twin", tests, NULL, NULL);

@@ -133,15 +133,16 @@ def candidates(d, F, k):
 
 
 def op_rows(m, T=1024, F=65536, k=64):
-    """(op, GFLOP, KB moved, KB of the floor) per token of a forward pass, all layers; the floor keeps the ops and their types but fuses what a
-    product's epilogue could do."""
+    """(op, FLOP, bytes moved, bytes of the floor) per token of a forward pass in bf16, all layers; the floor keeps the ops and their types but fuses
+    what a product's epilogue could do. GELU stands behind its product already, and what it reads is not kept here; gates have a pass of their own."""
     d, q, kv, ff, n = m["d"], m["heads"] * m["hd"], m["kv"] * m["hd"], m["ff"], m["layers"]
     wide = 2 * ff if m["gated"] else ff
     weights = d * q + 2 * d * kv + q * d + d * wide + ff * d
-    rows = [("products: FLOPs; outputs f32, residual read and written", 2 * weights * n, n * (4 * (q + 2 * kv + wide) + 2 * 8 * d), n * (2 * (q + 2 * kv + wide) + 2 * 8 * d)),
+    outputs = n * (2 * (q + 2 * kv + wide) + 2 * 8 * d)
+    rows = [("products: FLOPs; outputs bf16, residual f32 read and written", 2 * weights * n, outputs, outputs),
             ("norms", 0, n * m["norms"] * 6 * d, n * m["norms"] * 6 * d),
-            ("rotary of q and k, rounding of v", 0, n * 6 * (q + 2 * kv), 0),
-            ("activation", 0, n * (4 * wide + 2 * ff), n * (0 if not m["gated"] else 2 * wide + 2 * ff)),
+            ("rotary of q and k, v to its place", 0, n * 4 * (q + 2 * kv), 0),
+            ("activation", 0, *2 * (n * (0 if not m["gated"] else 2 * wide + 2 * ff),)),
             ("attention, causal triangle", 2 * T * q * n, n * (2 * (q + q) + 2 * 2 * kv), n * (2 * (q + q) + 2 * 2 * kv)),
             (f"SAE encode, {F} features, bf16 screen", 2 * d * F, 2 * 4 * F + 4 * d + 2 * d, 4 * d),
             (f"SAE exact products of {candidates(d, F, k):.0f} candidates ({k} at least)", 0, candidates(d, F, k) * 4 * d, k * 4 * d),
@@ -149,9 +150,25 @@ def op_rows(m, T=1024, F=65536, k=64):
     return rows
 
 
-def op_table(name, m):
-    out = [f"### {name}", "", "| op, per token, forward | GFLOP | µs at 790 TFLOP/s | KB moved | µs at 4.3 TB/s | floor KB | µs |", "|---|---|---|---|---|---|---|"]
-    for op, flop, moved, floor in op_rows(m):
+def back_rows(m, T=1024):
+    """The same of a backward pass through one block, f32 gradients of the residual stream: (op, FLOP, bytes moved, bytes of the floor), the floor with
+    every rounding and rotation in what stands before it. The forward pass keeps x and what the activation reads besides."""
+    d, q, kv, ff = m["d"], m["heads"] * m["hd"], m["kv"] * m["hd"], m["ff"]
+    wide = 2 * ff if m["gated"] else ff
+    weights = d * q + 2 * d * kv + q * d + d * wide + ff * d
+    mlp = 2 * ff if m["gated"] else 4 * ff  # dout, or with GELU's slope: its input read, its gradient written
+    return [("kept by the forward pass", 0, *2 * (2 * wide + (1 if m["norms"] == 1 else 2) * 8 * d,)),
+            ("products: FLOPs; outputs bf16 but towards the residual", 2 * weights, *2 * (mlp + 2 * q + 4 * d + 4 * d + 8 * d,)),
+            ("activation", 0, *2 * (0 if not m["gated"] else 4 * wide + 2 * ff,)),
+            ("rounding of the residual's gradient, twice", 0, 2 * 6 * d, 2 * 2 * d),
+            ("attention: dout, out, q, k, v; dq, dk, dv f32", 5 * T * q, 3 * 2 * q + 2 * 2 * kv + 4 * (q + 2 * kv), 3 * 2 * q + 2 * 2 * kv + 2 * (q + 2 * kv)),
+            ("rotary of dq and dk, rounding of dv", 0, 6 * (q + 2 * kv), 0),
+            ("norms", 0, *2 * (2 * 16 * d,))]
+
+
+def op_table(name, m, rows, pass_):
+    out = [f"### {name}, {pass_}", "", f"| op, per token, {pass_} | GFLOP | µs at 790 TFLOP/s | KB moved | µs at 4.3 TB/s | floor KB | µs |", "|---|---|---|---|---|---|---|"]
+    for op, flop, moved, floor in rows(m):
         out.append(f"| {op} | {flop / 1e9:.3f} | {flop / PEAK * 1e6:.2f} | {moved / 1e3:.0f} | {moved / BANDWIDTH * 1e6:.3f} | {floor / 1e3:.0f} | {floor / BANDWIDTH * 1e6:.3f} |")
     return out + [""]
 
@@ -177,16 +194,18 @@ Shared memory without bank conflicts: a tile's rows are HD + 8 elements apart, a
 rows of an ldmatrix, and the copies of a row, begin in different banks. A warp of 32 queries uses each key that it reads twice: 512 bytes of
 shared memory for every 4 mma, where 16 queries read 1 KiB.
 
-## Bytes and FLOPs of a forward pass
+## Bytes and FLOPs of the passes
 
-The floor keeps each op's types and fuses what a product's epilogue could do (bf16 outputs, rotary, GELU): the products' float32 outputs are what is
-left to gain, and cuBLASLt's GELU epilogues are not used. They would need an op of product and activation in the table, on both devices.
+In bf16. The floor keeps each op's types and fuses what a product's epilogue could do (bf16 outputs, rotary, GELU). Products write bf16 where nothing else
+is read, and GELU stands behind its product: what is left to gain forward is the rotary pass, which cuBLASLt has no epilogue for; backward, float32 dq, dk
+and dv and the roundings before and behind them. With a norm of queries and keys (Qwen3) their products stay float32, which is not in these tables.
 Candidates of the screen are counted for normally distributed products; rows that many tokens share come from the second-level cache, which is not counted.
 Attribution gathers rows of W_dec: they are float32, and a dense product in float32 without tensor cores (67 TFLOP/s) costs less only above F / 31 active
 features of a row, which no dictionary has; F / 184 would hold for a decoder in bf16.
 """)
     for name, m in SHAPES.items():
-        print("\n".join(op_table(name, m)))
+        print("\n".join(op_table(name, m, op_rows, "forward")))
+        print("\n".join(op_table(name, m, back_rows, "backward through one block")))
 
 
 if __name__ == "__main__":
