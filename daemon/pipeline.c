@@ -271,7 +271,8 @@ out:
     return st;
 }
 
-static spurion_status thread_start(pthread_t *out, void *(*run)(void *), spurion_pipeline *p, size_t stack_bytes)
+/* name: what `top -H` shows, at most 15 bytes. */
+static spurion_status thread_start(pthread_t *out, const char *name, void *(*run)(void *), spurion_pipeline *p, size_t stack_bytes)
 {
     pthread_attr_t attr;
     int rc;
@@ -282,6 +283,9 @@ static spurion_status thread_start(pthread_t *out, void *(*run)(void *), spurion
     }
     rc = pthread_create(out, &attr, run, p);
     pthread_attr_destroy(&attr);
+    if (rc == 0) {
+        (void)pthread_setname_np(*out, name);
+    }
     return rc == 0 ? spurion_ok() : spurion_error(SPURION_RESOURCE_EXHAUSTED, "thread: %s", strerror(rc));
 }
 
@@ -695,12 +699,12 @@ static int run(spurion_pipeline *p, mark_loader *loader, const sigset_t *set)
     SPURION_TRY(st, check_config(p->config));
     SPURION_TRY(st, open_parts(p, loader)); /* first: what is wrong with the store is known before the model is read */
     notify("STATUS=loading the model");
-    SPURION_TRY(st, thread_start(&t.engine, engine_main, p, 0)); /* its stack: the engine's libraries decide */
+    SPURION_TRY(st, thread_start(&t.engine, "engine", engine_main, p, 0)); /* its stack: the engine's libraries decide */
     SPURION_TRY(st, wait_ready(p, set));
     SPURION_TRY(st, keep_provenance(p));
-    SPURION_TRY(st, thread_start(&t.sink, spurion_sink_main, p, STACK_BYTES));
-    SPURION_TRY(st, thread_start(&t.intake, spurion_ingest_main, p, STACK_BYTES * 2));
-    SPURION_TRY(st, thread_start(&t.desk, spurion_desk_main, p, STACK_BYTES * 2));
+    SPURION_TRY(st, thread_start(&t.sink, "sink", spurion_sink_main, p, STACK_BYTES));
+    SPURION_TRY(st, thread_start(&t.intake, "intake", spurion_ingest_main, p, STACK_BYTES * 2));
+    SPURION_TRY(st, thread_start(&t.desk, "desk", spurion_desk_main, p, STACK_BYTES * 2));
     atomic_store(&p->state, SPURION_STATE_SERVING);
     SPURION_TRY(st, listen_all(p));
     notify("READY=1\nSTATUS=serving");

@@ -221,6 +221,15 @@ static spurion_status make_memories(dnnl_memory_t **out, const spurion_products 
     return spurion_ok();
 }
 
+/* The library works on the calling thread alone: workers call it side by side. A setting of the thread, of a few ns. A primitive keeps the
+ * number of threads that it was made under, so it is told before one is made, too. */
+static void library_alone(const spurion_products *p)
+{
+    if (p->omp_set_num_threads != NULL) {
+        p->omp_set_num_threads(1);
+    }
+}
+
 /* Gives the plan of a shape, made at first use and kept until the device goes. */
 static spurion_status plan_get(spurion_plan **out, spurion_products *p, int outputs, int inner, spurion_dtype dtype)
 {
@@ -240,6 +249,7 @@ static spurion_status plan_get(spurion_plan **out, spurion_products *p, int outp
     plan->outputs = outputs;
     plan->inner = inner;
     plan->dtype = dtype;
+    library_alone(p);
     SPURION_TRY(st, make_primitive(plan, p->engine));
     const dnnl_memory_desc_t *scratch = dnnl_primitive_desc_query_md(plan->desc, dnnl_query_scratchpad_md, 0);
     plan->scratch_bytes = dnnl_memory_desc_get_size(scratch);
@@ -631,8 +641,8 @@ void spurion_product_begin(const spurion_cpu *cpu, const spurion_product *p)
 {
     if (p->amx) {
         spurion_amx_begin();
-    } else if (cpu->products->omp_set_num_threads != NULL) {
-        cpu->products->omp_set_num_threads(1); /* a setting of the calling thread; costs a few ns */
+    } else {
+        library_alone(cpu->products);
     }
 }
 

@@ -94,6 +94,9 @@ static int start_thread(pool_thread *t)
     pthread_sigmask(SIG_SETMASK, &all, &old);
     int rc = pthread_create(&t->thread, NULL, thread_main, t);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
+    if (rc == 0) {
+        (void)pthread_setname_np(t->thread, "worker");
+    }
     return rc;
 }
 

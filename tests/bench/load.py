@@ -71,17 +71,15 @@ def bench_load(context: dict, daemon: Daemon, scene: Scene, mode: str, groups: i
     return found
 
 
-def engine_rate(context: dict, scene: Scene) -> float:
+def engine_rate(judge: Judge, scene: Scene, groups: int, seed: int) -> float:
     """Rollouts a second of the engine alone, by judge's own clock around it."""
-    rows = case.rollouts({"vocab_size": scene.vocab}, scene.prompt, scene.completion, scene.group, scene.groups)
+    rows = case.rollouts({"vocab_size": scene.vocab}, scene.prompt, scene.completion, scene.group, groups, seed)
     part = max(1, 2 * TOKENS_MAX // (scene.prompt + scene.group * scene.completion)) * scene.group  # what fits judge's input pipe
-    judge = Judge(context["program"], scene.config)
-    try:
-        for at in range(0, len(rows), part):
-            judge.run(rows[at : at + part])
-    finally:
-        judge.close()
-    return judge.profile["rollouts"] / judge.profile["engine_s"]
+    seconds = 0.0
+    for at in range(0, len(rows), part):
+        judge.run(rows[at : at + part])
+        seconds += judge.spent["engine_s"]
+    return len(rows) / seconds
 
 
 def full_rate(found: dict, group: int) -> float:
@@ -99,17 +97,30 @@ def latency(found: dict) -> dict:
     return {"groups": len(ms), "p50_ms": statistics.median(ms), "p99_ms": ms[min(len(ms) - 1, int(0.99 * len(ms)))], "max_ms": ms[-1]}
 
 
+def full_load(context: dict, scene: Scene, rounds: int) -> dict:
+    """Engine alone and daemon in turns, both loaded all the while: the machine's rate changes within minutes, so each round is short and has
+    a share of its own."""
+    out = {"engine": [], "daemon": [], "share": []}
+    judge, daemon = Judge(context["program"], scene.config), Daemon(context["program"], scene.config)
+    try:
+        engine_rate(judge, scene, min(scene.groups, scene.connections), 1)
+        bench_load(context, daemon, scene, "closed", min(scene.groups, scene.connections), 0, "warm")
+        for n in range(rounds):
+            turns = [lambda n=n: out["engine"].append(engine_rate(judge, scene, scene.groups, n)),
+                     lambda n=n: out["daemon"].append(full_rate(bench_load(context, daemon, scene, "closed", scene.groups, 0, f"full {n}"), scene.group))]
+            for turn in turns[:: -1 if n % 2 else 1]:
+                turn()
+            out["share"].append(out["daemon"][-1] / out["engine"][-1])
+            print(f"  {scene.name} round {n + 1}: engine {out['engine'][-1]:.1f}, daemon {out['daemon'][-1]:.1f} rollouts/s", file=sys.stderr)
+    finally:
+        judge.close()
+        daemon.close()
+    return out
+
+
 def look(context: dict, scene: Scene, rounds: int) -> dict:
     out = {"prompt": scene.prompt, "completion": scene.completion, "group": scene.group, "connections": scene.connections,
-           "groups": scene.groups, "engine": [], "daemon": [], "latency": {}}
-    for n in range(rounds):  # in turns
-        out["engine"].append(engine_rate(context, scene))
-        daemon = Daemon(context["program"], scene.config)
-        try:
-            out["daemon"].append(full_rate(bench_load(context, daemon, scene, "closed", scene.groups, 0, f"full {n}"), scene.group))
-        finally:
-            daemon.close()
-        print(f"  {scene.name} round {n + 1}: engine {out['engine'][-1]:.1f}, daemon {out['daemon'][-1]:.1f} rollouts/s", file=sys.stderr)
+           "groups": scene.groups, **full_load(context, scene, rounds), "latency": {}}
     capacity = statistics.median(out["daemon"]) / scene.group
     daemon = Daemon(context["program"], scene.config)
     try:
@@ -137,10 +148,15 @@ def demo_config(context: dict) -> Path:
     return path
 
 
-def run(context: dict, rounds: int) -> dict:
+def run(context: dict, rounds: int, keep) -> dict:
+    """keep: called with what is done so far."""
     tiny, shape = context["tiny"], context["shape"]
     own = case.configure(context["folder"], "load", shape, "attr", tokens_max=TOKENS_MAX)
-    scenes = [Scene("demo model", demo_config(context), 4096, 48, 48, 4, 20 if tiny else 1500, 1 if tiny else 20)]
+    scenes = [Scene("demo model", demo_config(context), 4096, 48, 48, 4, 20 if tiny else 500, 1 if tiny else 20)]
     if not tiny:
         scenes.append(Scene("135M", own, shape["vocab_size"], 64, 64, 4, 80, 60))
-    return {scene.name: look(context, scene, rounds) for scene in scenes}
+    done = {}
+    for scene in scenes:
+        done[scene.name] = look(context, scene, rounds)
+        keep(done)
+    return done

@@ -178,14 +178,16 @@ def load_table(data: dict) -> list[str]:
     for name, d in data.items():
         engine, daemon = statistics.median(d["engine"]), statistics.median(d["daemon"])
         out.append(line(name, f"({d['prompt']}, {d['completion']}, {d['group']})", f"{engine:,.1f} ({spread(d['engine'])})",
-                        f"{daemon:,.1f} ({spread(d['daemon'])})", f"{daemon / engine:.1%}"))
+                        f"{daemon:,.1f} ({spread(d['daemon'])})",
+                        f"{statistics.median(d['share']):.1%} ({min(d['share']):.1%} to {max(d['share']):.1%})"))
     out += ["", *head("model", "load", "groups/s", "groups", "p50", "p99", "largest")]
     for name, d in data.items():
         for share, v in d["latency"].items():
             out.append(line(name, f"{float(share):.0%}", f"{v['rate']:.2f}", v["groups"], *(f"{v[k]:,.1f} ms" for k in ("p50_ms", "p99_ms", "max_ms"))))
     out += ["", f"Full load: connections that each send a group when they have the last one's verdicts; engine alone: `judge` on rollouts of the same "
-            "shape, by its own clock around the engine; both with micro-batches of at most 4,096 tokens. Latency: from a group's Poisson arrival to its "
-            "verdicts at the client, the wait for a connection, the batch's wait, store and sockets included."]
+            "shape, by its own clock around the engine; both with micro-batches of at most 4,096 tokens, in turns; share: median of "
+            "the rounds' shares. Latency: from a group's Poisson arrival to its verdicts at the client, the wait for a "
+            "connection, the batch's wait, store and sockets included."]
     return out
 
 

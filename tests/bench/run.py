@@ -79,7 +79,8 @@ def main() -> int:
     few = min(3, args.rounds)
     todo = {"contest": lambda: contest.run(context, works, args.rounds, args.compile, lambda results: keep("contest", results)),
             "roofline": lambda: roofline.run(context, works, args.rounds),
-            "curves": lambda: curves.run(context, few), "load": lambda: load.run(context, few)}
+            "curves": lambda: curves.run(context, few),
+            "load": lambda: load.run(context, args.rounds, lambda results: keep("load", results))}
 
     def keep(part: str, found: dict) -> Path:
         if part == "contest":  # what was not run again stays, with its own machine

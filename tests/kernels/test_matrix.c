@@ -1,4 +1,6 @@
 /* linear and linear_backward against double sums; a row alone, anywhere in its tile and in any company, bit-equal. Seed 20261121. */
+#include <dirent.h>
+
 #include "kernel_test.h"
 
 typedef struct matrix_case {
@@ -174,20 +176,35 @@ static void test_matrix_row_does_not_depend_on_company(void **state)
     }
 }
 
-/* One device of one thread and one of three give the same bits. */
-static void test_matrix_does_not_depend_on_threads(void **state)
+static int process_threads(void)
 {
-    (void)state;
+    int count = 0;
+    DIR *tasks = opendir("/proc/self/task");
+    assert_non_null(tasks);
+    for (const struct dirent *e; (e = readdir(tasks)) != NULL;) {
+        count += e->d_name[0] != '.';
+    }
+    closedir(tasks);
+    return count;
+}
+
+/* One device of one thread and one of three give the same bits. On the CPU no product brings threads beside the device's own. */
+static void threads_case(spurion_dtype dtype, int N)
+{
     float *first = NULL;
+    int before = process_threads();
     for (int threads = 1; threads <= 3; threads++) {
         kt t;
-        kt_open(&t, SPURION_BF16, threads);
-        float *x = kt_floats(&t, (size_t)(ROWS * 320), 1.0), *w = kt_floats(&t, (size_t)(700 * 320), 0.1);
+        kt_open(&t, dtype, threads);
+        float *x = kt_floats(&t, (size_t)(ROWS * 320), 1.0), *w = kt_floats(&t, (size_t)(N * 320), 0.1);
         spurion_matrix *m;
-        KT_OK(t.ops->matrix_create(t.dev, &m, w, NULL, 700, 320, SPURION_FORWARD, SPURION_BF16));
-        float *got = all_rows(&t, m, x, 700, 320);
+        KT_OK(t.ops->matrix_create(t.dev, &m, w, NULL, N, 320, SPURION_FORWARD, dtype));
+        float *got = all_rows(&t, m, x, N, 320);
         if (first != NULL) {
-            kt_same_bits("threads", got, first, (size_t)(ROWS * 700) * sizeof *got);
+            kt_same_bits("threads", got, first, (size_t)(ROWS * N) * sizeof *got);
+        }
+        if (kt_on_cpu()) {
+            assert_int_equal(process_threads(), before + threads - 1);
         }
         free(first), free(x), free(w);
         first = got;
@@ -195,6 +212,14 @@ static void test_matrix_does_not_depend_on_threads(void **state)
         kt_close(&t);
     }
     free(first);
+}
+
+static void test_matrix_does_not_depend_on_threads(void **state)
+{
+    (void)state;
+    threads_case(SPURION_F32, 128);
+    threads_case(SPURION_F32, 700);
+    threads_case(SPURION_BF16, 700);
 }
 
 static void test_matrix_refuses_a_direction_it_was_not_made_for(void **state)
@@ -219,10 +244,10 @@ static void test_matrix_refuses_a_direction_it_was_not_made_for(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_matrix_does_not_depend_on_threads), /* first: the matrices of a process come before its first product */
         cmocka_unit_test(test_matrix_products_match_double_sums),
         cmocka_unit_test(test_matrix_keeps_its_own_dtype),
         cmocka_unit_test(test_matrix_row_does_not_depend_on_company),
-        cmocka_unit_test(test_matrix_does_not_depend_on_threads),
         cmocka_unit_test(test_matrix_refuses_a_direction_it_was_not_made_for),
     };
     return cmocka_run_group_tests_name("matrix", tests, NULL, NULL);
