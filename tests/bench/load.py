@@ -83,13 +83,10 @@ def engine_rate(judge: Judge, scene: Scene, groups: int, seed: int) -> float:
 
 
 def full_rate(found: dict, group: int) -> float:
-    """Rollouts a second between the first tenth of the answers and the last: the ramp at the start is not the daemon's rate."""
+    """Rollouts a second: the slope of answers over time. Answers of one micro-batch come together, so a quotient of counts at two of its edges
+    would count one of them twice; and the time before the first answer is not the daemon's rate."""
     done = sorted(found["done"])
-    first = len(done) // 10
-    later = [t for t in done if t > done[first]]  # answers of one micro-batch come together
-    if not later:
-        return len(done) * group / done[-1]
-    return len(later) * group / (done[-1] - done[first])
+    return statistics.linear_regression(done, range(len(done))).slope * group
 
 
 def latency(found: dict) -> dict:
