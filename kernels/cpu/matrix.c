@@ -15,7 +15,7 @@
 #include "kernels/cpu/amx.h"
 #include "kernels/cpu/cpu.h"
 
-enum { CHUNK_BYTES = 768 << 10, CHUNK_MIN = 64, CHUNK_MAX = 512, CONFLICT_BYTES = 2048 };
+enum { CHUNK_BYTES = 768 << 10, CHUNK_MIN = 64, CHUNK_MAX = 512 };
 enum { TILE_PAD = 16 }; /* floats between rows of a tile: rows 2048 bytes apart would share lines of the first-level cache */
 
 /* One primitive: (SPURION_LIBRARY_ROWS, inner) x (outputs, inner) -> (SPURION_LIBRARY_ROWS, outputs) f32. */
@@ -296,9 +296,7 @@ static spurion_status product_shape(spurion_product *out, const spurion_cpu *cpu
     out->input_stride = inner;
     out->amx = cpu->amx && dtype == SPURION_BF16;
     if (out->amx) {
-        /* whole steps; and rows that do not all fall on the same lines of the first-level cache */
-        size_t stride = spurion_round_up((size_t)inner, SPURION_AMX_STEP);
-        out->input_stride = (int)(stride * 2 % CONFLICT_BYTES == 0 ? stride + SPURION_AMX_STEP : stride);
+        out->input_stride = (int)spurion_round_up((size_t)inner, SPURION_AMX_STEP);
         out->tile_rows = SPURION_AMX_TILE_ROWS;
         return st;
     }
