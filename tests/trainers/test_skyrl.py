@@ -1,5 +1,6 @@
 """The recipes of docs/guides/recipes.md. SkyRL's: its own generator makes the environment, gives it prompt and completion and takes the reward; an
-engine of this test stands where a GPU would write the completions. NeMo-RL is no package of the registry: its recipe is run with its interface's shape."""
+engine of this test stands where a GPU would write the completions. NeMo-RL cannot be installed from the registry (a placeholder): its recipe is run with its interface's shape."""
+import abc
 import asyncio
 import json
 import sys
@@ -95,7 +96,9 @@ def test_nemo_recipe_gives_the_rewards_of_the_daemon(d, recipes, monkeypatch):
 
     (code,) = [c for c in recipes if "nemo_rl" in c]
     fields = ["observations", "metadata", "next_stop_strings", "rewards", "terminateds", "answers"]
-    shape = types.SimpleNamespace(EnvironmentInterface=object, EnvironmentReturn=typing.NamedTuple("EnvironmentReturn", [(f, object) for f in fields]))
+    methods = {n: abc.abstractmethod(lambda self, *_: None) for n in ("step", "global_post_process_and_metrics")}
+    interface = abc.ABCMeta("EnvironmentInterface", (), methods)  # a class that leaves one of them out cannot be made
+    shape = types.SimpleNamespace(EnvironmentInterface=interface, EnvironmentReturn=typing.NamedTuple("EnvironmentReturn", [(f, object) for f in fields]))
     for name, module in (("ray", types.SimpleNamespace(remote=lambda cls: cls)), ("nemo_rl", shape), ("nemo_rl.environments", shape),
                          ("nemo_rl.environments.interfaces", shape)):
         monkeypatch.setitem(sys.modules, name, module)
@@ -107,4 +110,5 @@ def test_nemo_recipe_gives_the_rewards_of_the_daemon(d, recipes, monkeypatch):
         expected = c.score([dict(r, run="nemo-reference") for r in LINES])
         assert out.rewards.tolist() == pytest.approx(list(expected.rewards), abs=1e-6) and out.rewards.dtype == torch.float32
         assert len(c.query("nemo")) == len(LINES) and len(out.observations) == len(LINES)
-    assert env.step(logs[:1], [{}]).rewards.shape == (1,)
+    assert env.step(logs[:2], [{}, None]).rewards.shape == (2,)
+    assert env.global_post_process_and_metrics({"total_reward": 1}) == ({"total_reward": 1}, {})

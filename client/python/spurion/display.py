@@ -15,12 +15,14 @@ from typing import Any
 from .results import Record, Verdict
 
 RAISED, LOWERED = (0x43, 0x93, 0xC3), (0xE6, 0x61, 0x01)
+WHOLE = 24        # characters of a table's cell that are not broken
 SHOWN_MIN = 0.05  # of the scale: below, a token is not shaded
 STYLE = """<style>
 .spurion{font:14px/1.5 system-ui,sans-serif;color:#111;background:#fff;max-width:60em;padding:.4em .6em}
 .spurion table{border-collapse:collapse;margin:.4em 0}.spurion caption{text-align:left;font-weight:600;padding:.2em 0}
 .spurion th,.spurion td{padding:.15em .6em;text-align:left;border-bottom:1px solid #ddd;vertical-align:top}
-.spurion td.n{text-align:right;font-variant-numeric:tabular-nums}.spurion .text{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3em 0}
+.spurion td.n{text-align:right;font-variant-numeric:tabular-nums}.spurion td.w{white-space:nowrap}.spurion.rows{max-width:none;overflow-x:auto}
+.spurion .text{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3em 0}
 .spurion .t{border-radius:2px;color:inherit}.spurion .up{text-decoration:overline 2px}.spurion .down{text-decoration:underline 2px}
 .spurion .note{color:#555;font-size:.9em}.spurion .chip{border:1px solid #888;border-radius:3px;padding:0 .2em;font-size:.8em}
 .spurion .role{font-weight:600;color:#555;margin-top:.5em}
@@ -87,14 +89,14 @@ def table_html(records: Sequence[Mapping[str, Any]], caption: str = "", rows_max
     def cell(value: Any) -> str:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else "" if value is None else str(value)
-            return f"<td>{safe(text)}</td>"
+            return f"<td{' class=w' if len(text) <= WHOLE else ''}>{safe(text)}</td>"  # a short name stays in one line
         return f'<td class="n">{value:.4g}</td>' if isinstance(value, float) else f'<td class="n">{value}</td>'
 
-    head = "".join(f'<th scope="col">{html.escape(n)}</th>' for n in names)
+    head = "".join(f'<th scope="col">{html.escape(n).replace("_", "_<wbr>")}</th>' for n in names)
     body = "".join("<tr>" + "".join(cell(r[n]) for n in names) + "</tr>" for r in records[:rows_max])
     more = f'<div class="note">{len(records) - rows_max} more rows</div>' if len(records) > rows_max else ""
     title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    return f'{STYLE}<div class="spurion"><table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}</div>'
+    return f'{STYLE}<div class="spurion rows"><table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}</div>'
 
 
 def _summary(v: Verdict) -> str:

@@ -10,4 +10,5 @@ export OMP_WAIT_POLICY=passive OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 "$python" "$here/train_reward.py" --data "$data" --work "$work" --out "$out/model" --compile
 "$python" "$here/train_saes.py" --data "$data" --model "$out/model" --work "$work" --out "$out/saes"
 "$python" "$here/find_catalogue.py" --data "$data" --model "$out/model" --saes "$out/saes" --work "$work" --out "$out/catalogue.jsonl"
+"$python" "$here/widen_catalogue.py" --demo "$out" --out "$out/catalogue_wide.jsonl"
 "$python" "$here/finish.py" --work "$work" --out "$out"
