@@ -11,12 +11,12 @@ import matplotlib.pyplot as plt  # noqa: E402
 # blue and orange stay apart for colour-blind readers; line styles say it again
 LOOK = {"clean": ("#e66101", "-", "the reward"), "counterfactual": ("#4393c3", "-", "counterfactual reward, catalogue_wide"),
         "uncatalogued": ("#555555", ":", "counterfactual, the hack not in the catalogue"),
-        "shipped": ("#7b3294", "--", "counterfactual, the demo's own catalogue (removes half)")}
+        "shipped": ("#7b3294", "--", "counterfactual, the demo's own catalogue (removes a part)")}
 
 
 def main(folder, out):
     runs = [json.loads(p.read_text()) for p in sorted(Path(folder).glob("*.json"))]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), constrained_layout=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.8), constrained_layout=True)
     named = set()
     for r in sorted(runs, key=lambda r: list(LOOK).index(r["variant"])):
         colour, style, label = LOOK[r["variant"]]
@@ -35,7 +35,7 @@ def main(folder, out):
     right.set(xlabel="GRPO step", ylabel="mean reward", title="reward, and the same without the closing (true reward)")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=8, frameon=False, loc="upper left")
+        axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     figure.savefig(out, dpi=110)
 
 
