@@ -144,7 +144,7 @@ static spurion_status add_rows(calibrator *k, int sae, int first, int rows)
     SPURION_TRY(st, take_features_out(k, s, rows));
     for (int r = first; r < rows; r++) {
         const float *x = k->x + (size_t)r * (size_t)d, *y = k->y + (size_t)r * (size_t)d;
-        int32_t active = k->e->host[sae].count[r];
+        int32_t active = k->e->hand[0].host[sae].count[r];
 
         t->active += active;
         t->tokens++;

@@ -217,7 +217,10 @@ spurion_status spurion_engine_create(spurion_engine **out, const spurion_config 
     e->scope_all = config->attribution.scope == SPURION_SCOPE_ALL;
     e->gradients = config->attribution.method != SPURION_METHOD_NONE && config->sae_count;
     e->watch_first = config->attribution.l0_mean == SPURION_WHEN_FLAGGED;
-    spurion_arena_init(&e->arena, 0);
+    for (int i = 0; i < 2; i++) {
+        e->hand[i].e = e;
+        spurion_arena_init(&e->hand[i].arena, 0);
+    }
     SPURION_TRY(st, files_load(e, l));
     e->variants = config->sae_count && (e->catalogue.entry_count || config->attribution.method == SPURION_METHOD_IG ||
                                         config->attribution.completeness);
@@ -254,9 +257,10 @@ out:
 
 static void host_free(spurion_engine *e, int i)
 {
-    spurion_sae_rows *h = &e->host[i];
+    const spurion_sae_rows *h = &e->hand[0].host[i], *h2 = &e->hand[1].host[i];
     spurion_tally *y = &e->tally[i];
-    void *landed[] = {h->count, h->index, h->value, h->attribution, h->xg, h->bg};
+    void *landed[] = {h->count,  h->index,  h->value,  h->attribution,  h->xg,  h->bg,
+                      h2->count, h2->index, h2->value, h2->attribution, h2->xg, h2->bg};
     void *blocks[] = {y->attribution, y->activation_sum, y->activation_max, y->peak, y->touched, y->entry_of};
     for (size_t b = 0; b < sizeof landed / sizeof *landed; b++) {
         e->dev->ops->host_free(e->dev, landed[b]);
@@ -297,7 +301,9 @@ void spurion_engine_destroy(spurion_engine *e)
     }
     spurion_labels_fini(&e->labels);
     spurion_tokenizer_close(e->tokenizer);
-    spurion_arena_fini(&e->arena);
+    for (int i = 0; i < 2; i++) {
+        spurion_arena_fini(&e->hand[i].arena);
+    }
     free(e->hook_points);
     free(e->sae_points);
     free(e->point_x);
@@ -379,12 +385,34 @@ static int pass_length(const spurion_engine *e, spurion_job *const *jobs, int co
     return taken;
 }
 
+/* The evidence that is still owed. */
+static spurion_status evidence_pay(spurion_engine *e)
+{
+    spurion_measurement *owed = e->owed;
+    e->owed = NULL;
+    return owed ? spurion_measure_evidence(owed) : spurion_ok();
+}
+
+/* Measures jobs pass by pass. While the device works on one, the host makes the evidence of the one before and packs the next; that of the last is
+ * owed: it is made beside whatever the device does next. */
 static spurion_status measure_all(spurion_engine *e, spurion_job *const *jobs, int count, bool explain, bool ablate)
 {
     spurion_status st = spurion_ok();
-    for (int at = 0, n; at < count; at += n) {
-        n = pass_length(e, jobs + at, count - at);
-        SPURION_TRY(st, spurion_measure(e, jobs + at, n, explain, ablate));
+    int n = count ? pass_length(e, jobs, count) : 0, turn = e->owed == &e->hand[0];
+
+    if (count) {
+        SPURION_TRY(st, spurion_measure_pack(&e->hand[turn], jobs, n, explain, ablate));
+    }
+    for (int at = n; n; at += n, turn = 1 - turn) {
+        spurion_measurement *k = &e->hand[turn];
+        SPURION_TRY(st, spurion_measure_launch(k));
+        SPURION_TRY(st, evidence_pay(e));
+        n = at < count ? pass_length(e, jobs + at, count - at) : 0;
+        if (n) {
+            SPURION_TRY(st, spurion_measure_pack(&e->hand[1 - turn], jobs + at, n, explain, ablate));
+        }
+        SPURION_TRY(st, spurion_measure_settle(k));
+        e->owed = k;
     }
 out:
     return st;
@@ -413,6 +441,7 @@ spurion_status spurion_engine_judge(spurion_engine *e, spurion_job *const *jobs,
         return spurion_engine_out_of_memory("a micro-batch");
     }
     count = ready_jobs(ready, jobs, job_count);
+    e->owed = NULL; /* of a call that failed */
     SPURION_TRY(st, measure_all(e, ready, count, at_once, true));
     for (int at = 0, n; at < job_count; at += n) {
         n = group_length(jobs + at, job_count - at);
@@ -421,6 +450,7 @@ spurion_status spurion_engine_judge(spurion_engine *e, spurion_job *const *jobs,
     if (!at_once) {
         SPURION_TRY(st, explain_flagged(e, ready, count));
     }
+    SPURION_TRY(st, evidence_pay(e));
     for (int i = 0; i < job_count; i++) {
         SPURION_TRY(st, spurion_evidence_finish(e, jobs[i]));
     }

@@ -9,7 +9,7 @@
 #include "daemon/pack.h"
 #include "daemon/sae/sae.h"
 
-/* Features of one SAE over the completion rows of a pass, on the host. */
+/* Features of one SAE over the completion rows of a pass, on the host: pinned where the device has its own memory. */
 typedef struct spurion_sae_rows {
     int slots;               /* of what it holds now: of the whole dictionary, or of its watched features */
     int32_t *count, *index;  /* (rows), (rows, slots) */
@@ -26,6 +26,20 @@ typedef struct spurion_tally {
     int32_t *touched, touched_count;      /* (F) */
     int32_t *entry_of;                    /* (F) place in the catalogue, or -1 */
 } spurion_tally;
+
+/* A measurement of the jobs of one pass, from packing to evidence. The engine has two that take turns: while the device works on one, the host
+ * makes the evidence of the one before and packs the next in its place. */
+typedef struct spurion_measurement {
+    spurion_engine *e;
+    spurion_arena arena;     /* of this measurement; reset when the next is packed */
+    spurion_packed packed;
+    bool explain;            /* attributions are measured */
+    bool ablate;             /* rewards and effects are; false on a second look */
+    bool watch;              /* the clean pass looks at watched features only */
+    const spurion_sae *sae;  /* of integrated gradients, or NULL */
+    int rows;                /* completion rows of the pass that is being enqueued */
+    spurion_sae_rows host[SPURION_SAES_MAX];
+} spurion_measurement;
 
 struct spurion_engine {
     const spurion_config *config;
@@ -53,10 +67,11 @@ struct spurion_engine {
     int32_t *d_source, *d_row_set; /* (rows) device: of a variant pass */
     float *d_fraction;    /* (rows) */
     float *mean_gradient; /* (rows, d) device: of integrated gradients; or NULL */
-    spurion_sae_rows host[SPURION_SAES_MAX];
     spurion_tally tally[SPURION_SAES_MAX];
-    float *host_rewards;  /* (scored_max) */
-    spurion_arena arena;  /* of one sub-batch */
+    float *host_rewards;  /* (rewards_room): of a clean pass, or of the passes of variants that are waited for together */
+    int rewards_room;
+    spurion_measurement hand[2];
+    spurion_measurement *owed; /* settled, without its evidence yet; or NULL */
 
     /* For tests (spurion-probe): sees dR/dx (rows, d) on the device at every SAE of a clean pass. NULL in the daemon. */
     spurion_status (*observe)(void *context, int sae, const float *g, int rows);
@@ -94,16 +109,23 @@ spurion_status spurion_engine_memory_take(spurion_engine *e) SPURION_MUST_USE;
 size_t spurion_engine_peak_estimate(const spurion_engine *e);
 spurion_status spurion_engine_out_of_memory(const char *what) SPURION_MUST_USE;
 
-/* Measures jobs of one pass (rows <= rows_max): rewards, effects of all sets, and with explain the attributions. ablate: false on a second
- * look at flagged rollouts, whose effects are known. */
+/* The steps of a measurement of jobs of one pass (rows <= rows_max), in this order: rewards, effects of all sets, and with explain the attributions.
+ * ablate: false on a second look at flagged rollouts, whose effects are known. pack and evidence are work of the host alone, and of this measurement
+ * alone: they may be done while the device works on the other. launch enqueues the clean pass and waits for nothing; settle waits for it, runs what
+ * starts from it (variants, paths), and leaves the device free for the next launch. */
+spurion_status spurion_measure_pack(spurion_measurement *k, spurion_job *const *jobs, int job_count, bool explain, bool ablate) SPURION_MUST_USE;
+spurion_status spurion_measure_launch(spurion_measurement *k) SPURION_MUST_USE;
+spurion_status spurion_measure_settle(spurion_measurement *k) SPURION_MUST_USE;
+spurion_status spurion_measure_evidence(spurion_measurement *k) SPURION_MUST_USE;
+/* All of them, in e->hand[0]. */
 spurion_status spurion_measure(spurion_engine *e, spurion_job *const *jobs, int job_count, bool explain, bool ablate) SPURION_MUST_USE;
 
-/* Downloads the clean features of every SAE into e->host. */
-spurion_status spurion_evidence_download(spurion_engine *e, int rows, bool watched) SPURION_MUST_USE;
+/* Enqueues the way of a pass's clean features to k->host: there after the next sync. */
+spurion_status spurion_evidence_download(spurion_measurement *k) SPURION_MUST_USE;
 /* Active catalogued features of one member; refuses the job when a row overflowed. */
-spurion_status spurion_evidence_active(spurion_engine *e, const spurion_member *m) SPURION_MUST_USE;
-/* verdict.saes, features and tokens of one member from e->host. scale: factor on attributions (1, or 1 / steps), per SAE method. */
-spurion_status spurion_evidence_fill(spurion_engine *e, const spurion_member *m, bool explained, double scale) SPURION_MUST_USE;
+spurion_status spurion_evidence_active(spurion_measurement *k, const spurion_member *m) SPURION_MUST_USE;
+/* verdict.saes, features and tokens of one member from k->host; on a second look refuses the job when a row overflowed. */
+spurion_status spurion_evidence_fill(spurion_measurement *k, const spurion_member *m) SPURION_MUST_USE;
 /* After the rules: verdict.tokens->flagged. */
 spurion_status spurion_evidence_finish(const spurion_engine *e, spurion_job *job) SPURION_MUST_USE;
 

@@ -8,6 +8,7 @@
 #define HOST_RESERVE_BYTES ((size_t)192 << 20) /* code, libraries, tokenizer, jobs in flight: beside the planned blocks */
 #define DEVICE_RESERVE_BYTES ((size_t)64 << 20) /* of a device's own memory: its allocator's grain, lists of work, row sums */
 #define ROWS_MIN 16                            /* fewer rows in a pass are no use */
+#define REWARDS_PASSES 8                       /* full passes of variants whose rewards come down together; mostly many more, for few are full */
 #define IN_HAND_BYTES ((size_t)4 << 20)        /* rollouts in hand while a pass runs: their arenas, the lines of JSON */
 #define IN_HAND_ROW_BYTES 256                  /* and for each token of a full pass: ids, texts, evidence */
 
@@ -30,7 +31,7 @@ static size_t host_rows_bytes(const spurion_engine *e, int rows)
         const spurion_sae_weights *w = &e->saes[i]->full;
         size_t slots = (size_t)spurion_sae_slots(w->kind, w->k, w->F, rows), part = (size_t)e->saes[i]->watched.F;
         slots = slots > part ? slots : part;
-        bytes += (size_t)rows * (4 + slots * 8 + (e->gradients ? slots * 4 + 8 : 0)) + (size_t)w->F * 32;
+        bytes += 2 * (size_t)rows * (4 + slots * 8 + (e->gradients ? slots * 4 + 8 : 0)) + (size_t)w->F * 32;
     }
     return bytes;
 }
@@ -169,12 +170,13 @@ static spurion_status host_take(spurion_engine *e, int i)
 {
     spurion_status st;
     const spurion_sae *s = e->saes[i];
-    spurion_sae_rows *h = &e->host[i];
     spurion_tally *y = &e->tally[i];
     int slots = s->full.slots > s->watched.F ? s->full.slots : s->watched.F;
     size_t n = (size_t)e->rows_max, cells = n * (size_t)slots, F = (size_t)s->full.F;
 
-    SPURION_TRY(st, landing_take(e, h, n, cells));
+    for (int k = 0; k < 2; k++) {
+        SPURION_TRY(st, landing_take(e, &e->hand[k].host[i], n, cells));
+    }
     y->attribution = touched(F, sizeof *y->attribution);
     y->activation_sum = touched(F, sizeof *y->activation_sum);
     y->activation_max = touched(F, sizeof *y->activation_max);
@@ -242,7 +244,8 @@ spurion_status spurion_engine_memory_take(spurion_engine *e)
         SPURION_TRY(st, host_take(e, i));
     }
     e->host_bytes = host_rows_bytes(e, e->rows_max);
-    SPURION_TRY(st, e->dev->ops->host_alloc(e->dev, (void **)&e->host_rewards, (size_t)e->w.scored_max * sizeof *e->host_rewards));
+    e->rewards_room = REWARDS_PASSES * e->w.scored_max;
+    SPURION_TRY(st, e->dev->ops->host_alloc(e->dev, (void **)&e->host_rewards, (size_t)e->rewards_room * sizeof *e->host_rewards));
 out:
     return st;
 }

@@ -9,16 +9,18 @@
 #include "daemon/base/check.h"
 #include "daemon/model/tokenizer.h"
 
-spurion_status spurion_evidence_download(spurion_engine *e, int rows, bool watched)
+spurion_status spurion_evidence_download(spurion_measurement *k)
 {
     spurion_status st = spurion_ok();
+    const spurion_engine *e = k->e;
     const spurion_ops *ops = e->dev->ops;
-    size_t n = (size_t)rows;
+    const bool watched = k->watch;
+    size_t n = (size_t)k->packed.completion_rows;
 
     for (int i = 0; i < e->sae_count; i++) {
         const spurion_sae *s = e->saes[i];
         const spurion_sparse *f = watched ? &s->live : &s->clean;
-        spurion_sae_rows *h = &e->host[i];
+        spurion_sae_rows *h = &k->host[i];
         h->slots = f->slots;
         if (watched && !s->watches) {
             memset(h->count, 0, n * sizeof *h->count);
@@ -34,7 +36,6 @@ spurion_status spurion_evidence_download(spurion_engine *e, int rows, bool watch
             SPURION_TRY(st, ops->download_later(e->dev, h->bg, s->bg, n * sizeof(float)));
         }
     }
-    SPURION_TRY(st, ops->sync(e->dev)); /* the only wait of a pass without variants */
 out:
     return st;
 }
@@ -45,12 +46,14 @@ static spurion_status out_of_memory(void)
 }
 
 /* Refuses a rollout with a token that has more active features than a row can hold. */
-static bool overflowed(const spurion_engine *e, const spurion_member *m)
+static bool overflowed(const spurion_measurement *k, const spurion_member *m)
 {
+    const spurion_engine *e = k->e;
+
     for (int i = 0; i < e->sae_count; i++) {
-        int slots = e->host[i].slots;
+        int slots = k->host[i].slots;
         for (int t = 0; t < m->count - m->start; t++) {
-            int found = e->host[i].count[m->row + t];
+            int found = k->host[i].count[m->row + t];
             if (found > slots) {
                 spurion_status why = spurion_error(SPURION_RESOURCE_EXHAUSTED,
                                                    "SAE %s at position %d: expected at most %d active features, found %d (a smaller "
@@ -64,11 +67,12 @@ static bool overflowed(const spurion_engine *e, const spurion_member *m)
     return false;
 }
 
-spurion_status spurion_evidence_active(spurion_engine *e, const spurion_member *m)
+spurion_status spurion_evidence_active(spurion_measurement *k, const spurion_member *m)
 {
+    const spurion_engine *e = k->e;
     const spurion_catalogue *c = &e->catalogue;
     spurion_measured *measured = m->job->measured;
-    int32_t *first = spurion_arena_take_array(&e->arena, (size_t)c->entry_count + 1, sizeof *first);
+    int32_t *first = spurion_arena_take_array(&k->arena, (size_t)c->entry_count + 1, sizeof *first);
     int32_t *active;
     int count = 0;
 
@@ -76,17 +80,17 @@ spurion_status spurion_evidence_active(spurion_engine *e, const spurion_member *
         return out_of_memory();
     }
     memset(first, 0xff, (size_t)c->entry_count * sizeof *first);
-    if (overflowed(e, m)) {
+    if (overflowed(k, m)) {
         return spurion_ok();
     }
-    for (int i = 0; i < e->sae_count; i++) {
-        int slots = e->host[i].slots;
+    for (int i = 0; i < e->sae_count && c->entry_count > 0; i++) {
+        int slots = k->host[i].slots;
         for (int t = 0; t < m->count - m->start; t++) {
             size_t at = (size_t)(m->row + t) * (size_t)slots;
-            for (int s = 0; s < e->host[i].count[m->row + t]; s++) {
-                int32_t entry = e->tally[i].entry_of[e->host[i].index[at + (size_t)s]];
+            for (int s = 0; s < k->host[i].count[m->row + t]; s++) {
+                int32_t entry = e->tally[i].entry_of[k->host[i].index[at + (size_t)s]];
                 if (entry >= 0 && first[entry] < 0 && c->entries[entry].spurious &&
-                    e->host[i].value[at + (size_t)s] > c->entries[entry].activation_min) {
+                    k->host[i].value[at + (size_t)s] > c->entries[entry].activation_min) {
                     first[entry] = m->start + t;
                     count++;
                 }
@@ -121,9 +125,9 @@ static void tally_clear(spurion_tally *t)
 }
 
 /* Sums of one SAE over C; returns the mean number of active features. */
-static double tally_fill(spurion_tally *y, const spurion_sae_rows *h, const spurion_member *m, int slots, bool explained, double scale)
+static double tally_fill(spurion_tally *y, const spurion_sae_rows *h, const spurion_member *m, bool explained, double scale)
 {
-    int n = m->count - m->start;
+    int n = m->count - m->start, slots = h->slots;
     double active = 0.0;
 
     tally_clear(y);
@@ -148,15 +152,24 @@ static double tally_fill(spurion_tally *y, const spurion_sae_rows *h, const spur
     return active / n;
 }
 
+/* Attributions of integrated gradients come as sums over the steps. */
+static double attribution_scale(const spurion_engine *e)
+{
+    return e->config->attribution.method == SPURION_METHOD_IG ? 1.0 / e->config->attribution.ig_steps : 1.0;
+}
+
 static spurion_opt_float some(double value)
 {
     spurion_opt_float o = {true, (float)value};
     return o;
 }
 
-static void summary_fill(spurion_sae_summary *out, const spurion_engine *e, int sae, const spurion_member *m, bool explained, double scale, double l0)
+static void summary_fill(spurion_sae_summary *out, const spurion_measurement *k, int sae, const spurion_member *m, double l0)
 {
-    const spurion_sae_rows *h = &e->host[sae];
+    const spurion_engine *e = k->e;
+    const bool explained = k->explain;
+    const double scale = attribution_scale(e);
+    const spurion_sae_rows *h = &k->host[sae];
     const spurion_tally *y = &e->tally[sae];
     const spurion_measured *measured = m->job->measured;
     double xg = 0.0, bg = 0.0, sum = 0.0;
@@ -259,8 +272,10 @@ static void feature_fill(spurion_feature *out, const spurion_engine *e, const sp
     out->peak_position = y->peak[c->index];
 }
 
-static spurion_status features_fill(spurion_engine *e, spurion_job *job, bool explained)
+static spurion_status features_fill(spurion_measurement *k, spurion_job *job)
 {
+    const spurion_engine *e = k->e;
+    const bool explained = k->explain;
     size_t most = 0;
     candidate *list;
     spurion_feature *features;
@@ -269,7 +284,7 @@ static spurion_status features_fill(spurion_engine *e, spurion_job *job, bool ex
     for (int i = 0; i < e->sae_count; i++) {
         most += (size_t)e->tally[i].touched_count;
     }
-    list = spurion_arena_take_array(&e->arena, most + 1, sizeof *list);
+    list = spurion_arena_take_array(&k->arena, most + 1, sizeof *list);
     if (!list) {
         return out_of_memory();
     }
@@ -343,9 +358,12 @@ static spurion_status token_text(spurion_bytes *out, spurion_arena *arena, const
     return spurion_ok();
 }
 
-static spurion_status tokens_fill(spurion_engine *e, const spurion_member *m, bool explained, double scale)
+static spurion_status tokens_fill(const spurion_measurement *p, const spurion_member *m)
 {
     spurion_status st = spurion_ok();
+    const spurion_engine *e = p->e;
+    const bool explained = p->explain;
+    const double scale = attribution_scale(e);
     spurion_arena *arena = &m->job->arena;
     int n = m->count - m->start;
     spurion_tokens *k = spurion_arena_take(arena, sizeof *k);
@@ -366,10 +384,10 @@ static spurion_status tokens_fill(spurion_engine *e, const spurion_member *m, bo
         position[t] = m->start + t;
         SPURION_TRY(st, token_text(&text[t], arena, e->tokenizer, k->id[t]));
         for (int i = 0; explained && i < e->sae_count; i++) {
-            int slots = e->host[i].slots;
+            int slots = p->host[i].slots;
             double sum = 0.0;
-            for (int s = 0; s < e->host[i].count[m->row + t]; s++) {
-                sum += e->host[i].attribution[(size_t)(m->row + t) * (size_t)slots + (size_t)s] * scale;
+            for (int s = 0; s < p->host[i].count[m->row + t]; s++) {
+                sum += p->host[i].attribution[(size_t)(m->row + t) * (size_t)slots + (size_t)s] * scale;
             }
             attribution[(size_t)i * (size_t)n + (size_t)t] = (float)sum;
         }
@@ -380,8 +398,10 @@ out:
 }
 
 /* Keeps the entries of active spurious features for the flags' per-token sums, which wait for the rules. */
-static spurion_status parts_keep(spurion_engine *e, const spurion_member *m, double scale)
+static spurion_status parts_keep(const spurion_measurement *k, const spurion_member *m)
 {
+    const spurion_engine *e = k->e;
+    const double scale = attribution_scale(e);
     spurion_job *job = m->job;
     spurion_measured *measured = job->measured;
     int32_t *entry = NULL, *token = NULL;
@@ -389,18 +409,18 @@ static spurion_status parts_keep(spurion_engine *e, const spurion_member *m, dou
 
     for (int pass = 0, n = 0; pass < 2; pass++, n = 0) {
         for (int i = 0; i < e->sae_count; i++) {
-            int slots = e->host[i].slots;
+            int slots = k->host[i].slots;
             for (int t = 0; t < m->count - m->start; t++) {
                 size_t at = (size_t)(m->row + t) * (size_t)slots;
-                for (int s = 0; s < e->host[i].count[m->row + t]; s++) {
-                    int32_t place = e->tally[i].entry_of[e->host[i].index[at + (size_t)s]];
+                for (int s = 0; s < k->host[i].count[m->row + t]; s++) {
+                    int32_t place = e->tally[i].entry_of[k->host[i].index[at + (size_t)s]];
                     if (place < 0 || !e->catalogue.entries[place].spurious) {
                         continue;
                     }
                     if (pass) {
                         entry[n] = place;
                         token[n] = t;
-                        attribution[n] = (float)(e->host[i].attribution[at + (size_t)s] * scale);
+                        attribution[n] = (float)(k->host[i].attribution[at + (size_t)s] * scale);
                     }
                     n++;
                 }
@@ -422,29 +442,33 @@ static spurion_status parts_keep(spurion_engine *e, const spurion_member *m, dou
     return spurion_ok();
 }
 
-spurion_status spurion_evidence_fill(spurion_engine *e, const spurion_member *m, bool explained, double scale)
+spurion_status spurion_evidence_fill(spurion_measurement *k, const spurion_member *m)
 {
     spurion_status st = spurion_ok();
+    spurion_engine *e = k->e;
     spurion_job *job = m->job;
     spurion_sae_summary *saes = spurion_arena_take_array(&job->arena, (size_t)e->sae_count + 1, sizeof *saes);
 
     if (!saes) {
         return out_of_memory();
     }
+    if (!k->ablate && overflowed(k, m)) { /* a second look: the first may have listed watched features only */
+        return st;
+    }
     for (int i = 0; i < e->sae_count; i++) {
-        double l0 = tally_fill(&e->tally[i], &e->host[i], m, e->host[i].slots, explained, scale);
-        summary_fill(&saes[i], e, i, m, explained, scale, l0);
+        double l0 = tally_fill(&e->tally[i], &k->host[i], m, k->explain, attribution_scale(e));
+        summary_fill(&saes[i], k, i, m, l0);
     }
     job->verdict.saes = saes;
     job->verdict.sae_count = e->sae_count;
-    SPURION_TRY(st, features_fill(e, job, explained));
+    SPURION_TRY(st, features_fill(k, job));
     if (job->want_tokens) {
-        SPURION_TRY(st, tokens_fill(e, m, explained, scale));
-        if (explained) {
-            SPURION_TRY(st, parts_keep(e, m, scale));
+        SPURION_TRY(st, tokens_fill(k, m));
+        if (k->explain) {
+            SPURION_TRY(st, parts_keep(k, m));
         }
     }
-    ((spurion_measured *)job->measured)->explained = explained;
+    ((spurion_measured *)job->measured)->explained = k->explain;
 out:
     return st;
 }

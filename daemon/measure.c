@@ -1,20 +1,13 @@
 /* One measurement: clean pass, gradients, exact ablation, integrated gradients. Everything is exact; what is saved is work that causality
- * and shared prompts make needless (docs/architecture.md). Thread: the engine's. Memory: the engine's blocks and its arena. */
+ * and shared prompts make needless (docs/architecture.md). Ops only enqueue: the host waits once for a clean pass and once for its variants.
+ * Thread: the engine's. Memory: the engine's blocks and the measurement's arena. */
 #include "daemon/engine_internal.h"
 
 #include <string.h>
 
 #include "daemon/base/check.h"
 
-/* A measurement under way. */
-typedef struct measurement {
-    spurion_engine *e;
-    spurion_packed packed;
-    bool explain;
-    bool watch;             /* the clean pass looks at watched features only */
-    const spurion_sae *sae; /* of integrated gradients, or NULL */
-    int rows;               /* completion rows of the pass under way */
-} measurement;
+typedef spurion_measurement measurement;
 
 static spurion_status upload_ints(const spurion_engine *e, int32_t *out, const int32_t *host, int count)
 {
@@ -86,19 +79,10 @@ static spurion_pass clean_pass(measurement *k)
     return pass;
 }
 
-/* Rewards of a pass on their way to the host: there after the next sync. */
-static spurion_status rewards_send(const spurion_engine *e, int count)
+/* Rewards of a pass on their way to places `at` onward of host_rewards: there after the next sync. */
+static spurion_status rewards_send(const spurion_engine *e, int at, int count)
 {
-    return e->dev->ops->download_later(e->dev, e->host_rewards, e->w.rewards, (size_t)count * sizeof(float));
-}
-
-static spurion_status rewards_read(const spurion_engine *e, int count)
-{
-    spurion_status st;
-    SPURION_TRY(st, rewards_send(e, count));
-    SPURION_TRY(st, e->dev->ops->sync(e->dev));
-out:
-    return st;
+    return e->dev->ops->download_later(e->dev, e->host_rewards + at, e->w.rewards, (size_t)count * sizeof(float));
 }
 
 /* A prompt too long for one pass: its keys and values, piece after piece. Every block's stay; nothing else is read of it later. */
@@ -107,7 +91,7 @@ static spurion_status prompt_run(measurement *k, const int32_t *ids)
     spurion_status st = spurion_ok();
     spurion_engine *e = k->e;
     const spurion_packed *p = &k->packed;
-    int32_t *positions = spurion_arena_take_array(&e->arena, (size_t)p->root_count, sizeof *positions);
+    int32_t *positions = spurion_arena_take_array(&k->arena, (size_t)p->root_count, sizeof *positions);
 
     if (!positions) {
         return spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory for a prompt of %d tokens", p->root_count);
@@ -130,7 +114,7 @@ out:
     return st;
 }
 
-static spurion_status clean_run(measurement *k)
+spurion_status spurion_measure_launch(measurement *k)
 {
     spurion_status st;
     spurion_engine *e = k->e;
@@ -147,11 +131,11 @@ static spurion_status clean_run(measurement *k)
     SPURION_TRY(st, upload_ints(e, e->w.scored_positions, p->scored_positions, p->member_count));
     SPURION_TRY(st, spurion_model_embed(e->model, &e->w, p->rows));
     SPURION_TRY(st, spurion_model_forward(e->model, &e->w, &pass, 0));
-    SPURION_TRY(st, rewards_send(e, p->member_count));
+    SPURION_TRY(st, rewards_send(e, 0, p->member_count));
     if (pass.save) {
         SPURION_TRY(st, spurion_model_backward(e->model, &e->w, &pass, e->lowest, gradient_tap, k));
     }
-    SPURION_TRY(st, spurion_evidence_download(e, p->completion_rows, k->watch));
+    SPURION_TRY(st, spurion_evidence_download(k));
 out:
     return st;
 }
@@ -195,11 +179,11 @@ static spurion_pass variants_pass(measurement *k, const spurion_packed_variants 
     return pass;
 }
 
-/* How many variants from `at` on fit one pass. */
+/* How many variants from `at` on fit one pass: those of one block. */
 static int variants_fit(const measurement *k, const spurion_variant *v, int at, int count)
 {
     int rows = 0, n = 0;
-    while (at + n < count && n < k->e->w.scored_max) {
+    while (at + n < count && n < k->e->w.scored_max && v[at + n].block == v[at].block) {
         rows += k->packed.members[v[at + n].member].count - v[at + n].from;
         if (rows > k->e->rows_max) {
             break;
@@ -209,6 +193,57 @@ static int variants_fit(const measurement *k, const spurion_variant *v, int at, 
     SPURION_ASSERT(n > 0);
     return n;
 }
+
+/* Packs n variants and enqueues them up to their rewards, or with gradients to be saved. */
+static spurion_status variants_launch(spurion_packed_variants *out, spurion_pass *pass, measurement *k, const spurion_variant *variants, int n,
+                                      spurion_hook_fn hook, bool save)
+{
+    spurion_status st;
+    spurion_engine *e = k->e;
+
+    SPURION_TRY(st, spurion_pack_variants(out, &k->arena, &k->packed, variants, n, e->rows_max));
+    *pass = variants_pass(k, out, hook, save);
+    SPURION_TRY(st, variants_start(k, out, variants[0].block));
+    SPURION_TRY(st, spurion_model_forward(e->model, &e->w, pass, variants[0].block));
+out:
+    return st;
+}
+
+static spurion_status rewards_take(float *out, const spurion_engine *e, int count)
+{
+    spurion_status st;
+    SPURION_TRY(st, e->dev->ops->sync(e->dev));
+    memcpy(out, e->host_rewards, (size_t)count * sizeof *out);
+out:
+    return st;
+}
+
+/* Rewards of variants (those of one block stand together): out (count). No pass of them waits for another's result, so the host packs one while
+ * the device works on those before it, and waits when all are enqueued, or as many as host_rewards has room for. */
+static spurion_status variants_run(float *out, measurement *k, const spurion_variant *variants, int count, spurion_hook_fn hook)
+{
+    spurion_status st = spurion_ok();
+    spurion_engine *e = k->e;
+    int sent = 0; /* on their way down: the last ones before `at` */
+
+    for (int at = 0, n; at < count; at += n) {
+        spurion_packed_variants v;
+        spurion_pass pass;
+        n = variants_fit(k, variants, at, count);
+        if (sent + n > e->rewards_room) {
+            SPURION_TRY(st, rewards_take(out + at - sent, e, sent));
+            sent = 0;
+        }
+        SPURION_TRY(st, variants_launch(&v, &pass, k, variants + at, n, hook, false));
+        SPURION_TRY(st, rewards_send(e, sent, n));
+        sent += n;
+    }
+    SPURION_TRY(st, rewards_take(out + count - sent, e, sent));
+out:
+    return st;
+}
+
+/* --- exact ablation --- */
 
 /* Encode the live stream with every SAE here first: two at one point read the same unmodified x. */
 static spurion_status ablation_hook(void *context, int point, float *x)
@@ -232,14 +267,8 @@ out:
     return st;
 }
 
-/* Block from which a variant runs, its first position, and its set. */
-typedef struct removal {
-    int first, member;
-    int32_t from, set;
-} removal;
-
 /* Where the removal of a set starts to change something: the lowest point and the first position at which a member is active. */
-static bool removal_find(removal *out, const spurion_engine *e, const spurion_job *job, const int32_t *entries, int count)
+static bool removal_find(spurion_variant *out, const spurion_engine *e, const spurion_job *job, const int32_t *entries, int count)
 {
     const spurion_measured *m = job->measured;
     int lowest = e->lowest;
@@ -259,18 +288,18 @@ static bool removal_find(removal *out, const spurion_engine *e, const spurion_jo
             i++;
         }
     }
-    out->first = lowest / 4;
+    out->block = lowest / 4;
     return found;
 }
 
 /* A change after the scored position (first_eos, last_non_pad) cannot reach the reward: effect 0, not run. */
-static bool counts(const measurement *k, const removal *r)
+static bool counts(const measurement *k, const spurion_variant *v)
 {
-    return r->from <= k->packed.members[r->member].scored;
+    return v->from <= k->packed.members[v->member].scored;
 }
 
-/* All removals of all members, those that start at the same block together. */
-static spurion_status removals_list(removal **out, int *out_count, measurement *k)
+/* All removals of all members. */
+static spurion_status removals_list(spurion_variant **out, int *out_count, measurement *k)
 {
     spurion_engine *e = k->e;
     const spurion_catalogue *c = &e->catalogue;
@@ -280,7 +309,7 @@ static spurion_status removals_list(removal **out, int *out_count, measurement *
     for (int i = 0; i < k->packed.member_count; i++) {
         most += (size_t)c->set_count + (size_t)k->packed.members[i].job->active_count;
     }
-    *out = spurion_arena_take_array(&e->arena, most + 1, sizeof **out);
+    *out = spurion_arena_take_array(&k->arena, most + 1, sizeof **out);
     if (!*out) {
         return spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory for %zu ablations", most);
     }
@@ -290,18 +319,18 @@ static spurion_status removals_list(removal **out, int *out_count, measurement *
             continue;
         }
         for (int s = 0; s < c->set_count; s++) {
-            removal r = {.member = i, .set = s};
-            if (removal_find(&r, e, job, c->sets[s].entries, c->sets[s].count)) {
+            spurion_variant v = {.member = i, .set = s};
+            if (removal_find(&v, e, job, c->sets[s].entries, c->sets[s].count)) {
                 ((bool *)job->set_active)[s] = true;
-                (*out)[n] = r;
-                n += counts(k, &r);
+                (*out)[n] = v;
+                n += counts(k, &v);
             }
         }
         for (int a = 0; e->config->ablation_each && a < job->active_count; a++) {
-            removal r = {.member = i, .set = c->set_count + job->active_entries[a]};
-            if (removal_find(&r, e, job, &job->active_entries[a], 1)) {
-                (*out)[n] = r;
-                n += counts(k, &r);
+            spurion_variant v = {.member = i, .set = c->set_count + job->active_entries[a]};
+            if (removal_find(&v, e, job, &job->active_entries[a], 1)) {
+                (*out)[n] = v;
+                n += counts(k, &v);
             }
         }
     }
@@ -310,85 +339,64 @@ static spurion_status removals_list(removal **out, int *out_count, measurement *
 }
 
 /* Effect(S) = R_ablated - R as float32. */
-static void removal_store(measurement *k, const removal *r, float ablated)
+static void removal_store(measurement *k, const spurion_variant *v, float ablated)
 {
     spurion_engine *e = k->e;
-    spurion_job *job = k->packed.members[r->member].job;
+    spurion_job *job = k->packed.members[v->member].job;
     spurion_measured *m = job->measured;
     float effect = ablated - job->verdict.reward;
 
-    if (r->set < e->catalogue.set_count) {
-        ((float *)job->set_effects)[r->set] = effect;
-        ((float *)job->set_rewards)[r->set] = ablated;
-        if (r->set == e->catalogue.debias_set) {
+    if (v->set < e->catalogue.set_count) {
+        ((float *)job->set_effects)[v->set] = effect;
+        ((float *)job->set_rewards)[v->set] = ablated;
+        if (v->set == e->catalogue.debias_set) {
             job->verdict.counterfactual_reward = ablated;
             job->verdict.effect = effect;
         }
         return;
     }
     for (int a = 0; a < job->active_count; a++) {
-        if (job->active_entries[a] == r->set - e->catalogue.set_count) {
+        if (job->active_entries[a] == v->set - e->catalogue.set_count) {
             m->each[a] = effect;
         }
     }
 }
 
-/* Runs removals [0, count), all from the same block, in passes. */
-static spurion_status removals_run(measurement *k, const removal *removals, int count)
+/* Those that start at the same block together, in their order. */
+static void by_block(spurion_variant *out, const spurion_variant *in, int count, int layers)
 {
-    spurion_status st = spurion_ok();
-    spurion_engine *e = k->e;
-    spurion_variant *variants = spurion_arena_take_array(&e->arena, (size_t)count, sizeof *variants);
-
-    if (!variants) {
-        return spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory for %d ablations", count);
-    }
-    for (int i = 0; i < count; i++) {
-        spurion_variant v = {removals[i].member, removals[i].from, removals[i].set, 0.0F};
-        variants[i] = v;
-    }
-    for (int at = 0, n; at < count; at += n) {
-        spurion_packed_variants v;
-        spurion_pass pass;
-        n = variants_fit(k, variants, at, count);
-        SPURION_TRY(st, spurion_pack_variants(&v, &e->arena, &k->packed, variants + at, n, e->rows_max));
-        pass = variants_pass(k, &v, ablation_hook, false);
-        SPURION_TRY(st, variants_start(k, &v, removals[0].first));
-        SPURION_TRY(st, spurion_model_forward(e->model, &e->w, &pass, removals[0].first));
-        SPURION_TRY(st, rewards_read(e, n));
-        for (int i = 0; i < n; i++) {
-            removal_store(k, &removals[at + i], e->host_rewards[i]);
+    int n = 0;
+    for (int block = 0; block <= layers; block++) {
+        for (int i = 0; i < count; i++) {
+            if (in[i].block == block) {
+                out[n++] = in[i];
+            }
         }
     }
-out:
-    return st;
+    SPURION_ASSERT(n == count);
 }
 
 static spurion_status ablate_all(measurement *k)
 {
     spurion_status st;
-    removal *all, *same;
-    int count = 0, layers = k->e->model->config.layers;
+    spurion_variant *found, *sorted;
+    float *rewards;
+    int count = 0;
 
-    SPURION_TRY(st, removals_list(&all, &count, k));
+    SPURION_TRY(st, removals_list(&found, &count, k));
     if (count == 0) {
         goto out;
     }
-    same = spurion_arena_take_array(&k->e->arena, (size_t)count, sizeof *same);
-    if (!same) {
+    sorted = spurion_arena_take_array(&k->arena, (size_t)count, sizeof *sorted);
+    rewards = spurion_arena_take_array(&k->arena, (size_t)count, sizeof *rewards);
+    if (!sorted || !rewards) {
         st = spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory for %d ablations", count);
         goto out;
     }
-    for (int first = 0; first <= layers; first++) {
-        int n = 0;
-        for (int i = 0; i < count; i++) {
-            if (all[i].first == first) {
-                same[n++] = all[i];
-            }
-        }
-        if (n) {
-            SPURION_TRY(st, removals_run(k, same, n));
-        }
+    by_block(sorted, found, count, k->e->model->config.layers);
+    SPURION_TRY(st, variants_run(rewards, k, sorted, count, ablation_hook));
+    for (int i = 0; i < count; i++) {
+        removal_store(k, &sorted[i], rewards[i]);
     }
 out:
     return st;
@@ -454,59 +462,44 @@ static int steps_split(int32_t *begin, const spurion_packed_variants *v)
     return n;
 }
 
-/* Runs variants of the current SAE in passes; backward: their gradients are added up, else their rewards are baselines. */
-static spurion_status path_run(measurement *k, const spurion_variant *variants, int count, bool backward)
+/* Runs variants of the current SAE in passes and adds up their gradients; nothing comes down to the host. */
+static spurion_status path_run(measurement *k, const spurion_variant *variants, int count)
 {
     spurion_status st = spurion_ok();
     spurion_engine *e = k->e;
-    int first = k->sae->point / 4;
 
     for (int at = 0, n; at < count; at += n) {
         spurion_packed_variants v;
         spurion_pass pass;
+        path_tap tap = {k, NULL, 0};
+        int32_t *begin;
         n = variants_fit(k, variants, at, count);
-        SPURION_TRY(st, spurion_pack_variants(&v, &e->arena, &k->packed, variants + at, n, e->rows_max));
-        pass = variants_pass(k, &v, shrink_hook, backward);
-        SPURION_TRY(st, variants_start(k, &v, first));
-        SPURION_TRY(st, spurion_model_forward(e->model, &e->w, &pass, first));
-        if (backward) {
-            path_tap tap = {k, NULL, 0};
-            int32_t *begin = spurion_arena_take_array(&e->arena, (size_t)n + 1, sizeof *begin);
-            if (!begin) {
-                st = spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory for %d steps", n);
-                goto out;
-            }
-            tap.steps = steps_split(begin, &v);
-            tap.step_begin = begin;
-            SPURION_TRY(st, spurion_model_backward(e->model, &e->w, &pass, k->sae->point, path_gradient, &tap));
-            continue;
+        begin = spurion_arena_take_array(&k->arena, (size_t)n + 1, sizeof *begin);
+        if (!begin) {
+            st = spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory for %d steps", n);
+            goto out;
         }
-        SPURION_TRY(st, rewards_read(e, n));
-        for (int i = 0; i < n; i++) {
-            spurion_measured *m = k->packed.members[variants[at + i].member].job->measured;
-            for (int s = 0; s < e->sae_count; s++) {
-                if (e->saes[s] == k->sae) {
-                    m->baseline[s].has = true;
-                    m->baseline[s].value = e->host_rewards[i];
-                }
-            }
-        }
+        SPURION_TRY(st, variants_launch(&v, &pass, k, variants + at, n, shrink_hook, true));
+        tap.steps = steps_split(begin, &v);
+        tap.step_begin = begin;
+        SPURION_TRY(st, spurion_model_backward(e->model, &e->w, &pass, k->sae->point, path_gradient, &tap));
     }
 out:
     return st;
 }
 
+/* Every member at every step of the path, or once at its end. */
 static spurion_status path_variants(spurion_variant **out, measurement *k, int steps, bool baseline)
 {
     int n = k->packed.member_count, count = 0;
 
-    *out = spurion_arena_take_array(&k->e->arena, (size_t)n * (size_t)steps + 1, sizeof **out);
+    *out = spurion_arena_take_array(&k->arena, (size_t)n * (size_t)steps + 1, sizeof **out);
     if (!*out) {
         return spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory for %d x %d steps", n, steps);
     }
     for (int s = 0; s < steps; s++) {
         for (int i = 0; i < n; i++) {
-            spurion_variant v = {i, k->packed.members[i].start, -1, baseline ? 1.0F : path_fraction(k->e->config, s)};
+            spurion_variant v = {i, k->packed.members[i].start, k->sae->point / 4, -1, baseline ? 1.0F : path_fraction(k->e->config, s)};
             (*out)[count++] = v;
         }
     }
@@ -525,7 +518,7 @@ static spurion_status integrate(measurement *k, spurion_sae *s)
     k->sae = s;
     SPURION_TRY(st, path_variants(&variants, k, steps, false));
     SPURION_TRY(st, ops->zero(e->dev, e->mean_gradient, (size_t)rows * (size_t)d * sizeof(float)));
-    SPURION_TRY(st, path_run(k, variants, k->packed.member_count * steps, true));
+    SPURION_TRY(st, path_run(k, variants, k->packed.member_count * steps));
     SPURION_TRY(st, ops->sae_attribute(e->dev, s->attribution, &s->clean, &s->full, e->mean_gradient, rows));
     SPURION_TRY(st, ops->dot_rows(e->dev, s->xg, e->point_x[s->point], e->mean_gradient, d, rows, d, 0.0F));
     SPURION_TRY(st, ops->sae_bias_dot(e->dev, s->bg, &s->clean, &s->full, e->mean_gradient, rows));
@@ -534,14 +527,25 @@ out:
     return st;
 }
 
-static spurion_status baselines(measurement *k, spurion_sae *s)
+/* The reward with SAE number `place` at its bias: the path's end. */
+static spurion_status baselines(measurement *k, int place)
 {
     spurion_status st;
+    int count = k->packed.member_count;
     spurion_variant *variants;
+    float *rewards = spurion_arena_take_array(&k->arena, (size_t)count, sizeof *rewards);
 
-    k->sae = s;
+    if (!rewards) {
+        return spurion_error(SPURION_RESOURCE_EXHAUSTED, "no memory for %d baselines", count);
+    }
+    k->sae = k->e->saes[place];
     SPURION_TRY(st, path_variants(&variants, k, 1, true));
-    SPURION_TRY(st, path_run(k, variants, k->packed.member_count, false));
+    SPURION_TRY(st, variants_run(rewards, k, variants, count, shrink_hook));
+    for (int i = 0; i < count; i++) {
+        spurion_measured *m = k->packed.members[i].job->measured;
+        m->baseline[place].has = true;
+        m->baseline[place].value = rewards[i];
+    }
 out:
     k->sae = NULL;
     return st;
@@ -557,11 +561,12 @@ static spurion_status explain_all(measurement *k)
             SPURION_TRY(st, integrate(k, e->saes[i]));
         }
         if (e->config->attribution.completeness) {
-            SPURION_TRY(st, baselines(k, e->saes[i]));
+            SPURION_TRY(st, baselines(k, i));
         }
     }
     if (e->config->attribution.method == SPURION_METHOD_IG) {
-        SPURION_TRY(st, spurion_evidence_download(e, k->packed.completion_rows, false));
+        SPURION_TRY(st, spurion_evidence_download(k));
+        SPURION_TRY(st, e->dev->ops->sync(e->dev));
     }
 out:
     return st;
@@ -603,36 +608,65 @@ static void verdict_start(const spurion_engine *e, spurion_job *job, float rewar
     }
 }
 
+spurion_status spurion_measure_pack(measurement *k, spurion_job *const *jobs, int job_count, bool explain, bool ablate)
+{
+    spurion_engine *e = k->e;
+    bool long_prompt = jobs[0]->group_number == jobs[job_count - 1]->group_number && spurion_pack_rows(jobs, job_count, e->scope_all) > e->rows_max;
+
+    SPURION_ASSERT(!long_prompt || e->prefix_max > 0);
+    k->explain = explain && e->config->attribution.method != SPURION_METHOD_NONE;
+    k->ablate = ablate;
+    k->watch = e->watch_first && !k->explain;
+    spurion_arena_reset(&k->arena);
+    return spurion_pack_jobs(&k->packed, &k->arena, jobs, job_count, e->scope_all, long_prompt ? e->w.prefix_row : -1);
+}
+
+spurion_status spurion_measure_settle(measurement *k)
+{
+    spurion_status st;
+    spurion_engine *e = k->e;
+
+    SPURION_TRY(st, e->dev->ops->sync(e->dev)); /* the only wait of a pass without variants */
+    for (int i = 0; i < k->packed.member_count; i++) {
+        spurion_job *job = k->packed.members[i].job;
+        SPURION_TRY(st, measured_take(e, job));
+        if (k->ablate) {
+            verdict_start(e, job, e->host_rewards[i]);
+            SPURION_TRY(st, spurion_evidence_active(k, &k->packed.members[i]));
+        }
+    }
+    if (k->ablate && e->sae_count) {
+        SPURION_TRY(st, ablate_all(k));
+    }
+    if (k->explain && e->sae_count) {
+        SPURION_TRY(st, explain_all(k));
+    }
+out:
+    return st;
+}
+
+spurion_status spurion_measure_evidence(measurement *k)
+{
+    spurion_status st = spurion_ok();
+
+    for (int i = 0; i < k->packed.member_count; i++) {
+        if (k->packed.members[i].job->verdict.code == SPURION_OK) {
+            SPURION_TRY(st, spurion_evidence_fill(k, &k->packed.members[i]));
+        }
+    }
+out:
+    return st;
+}
+
 spurion_status spurion_measure(spurion_engine *e, spurion_job *const *jobs, int job_count, bool explain, bool ablate)
 {
     spurion_status st;
-    measurement k = {.e = e, .explain = explain && e->config->attribution.method != SPURION_METHOD_NONE};
-    bool long_prompt = jobs[0]->group_number == jobs[job_count - 1]->group_number && spurion_pack_rows(jobs, job_count, e->scope_all) > e->rows_max;
-    k.watch = e->watch_first && !k.explain;
-    double scale = e->config->attribution.method == SPURION_METHOD_IG ? 1.0 / e->config->attribution.ig_steps : 1.0;
+    measurement *k = &e->hand[0];
 
-    SPURION_ASSERT(!long_prompt || e->prefix_max > 0);
-    spurion_arena_reset(&e->arena);
-    SPURION_TRY(st, spurion_pack_jobs(&k.packed, &e->arena, jobs, job_count, e->scope_all, long_prompt ? e->w.prefix_row : -1));
-    SPURION_TRY(st, clean_run(&k));
-    for (int i = 0; i < job_count; i++) {
-        SPURION_TRY(st, measured_take(e, jobs[i]));
-        if (ablate) {
-            verdict_start(e, jobs[i], e->host_rewards[i]);
-            SPURION_TRY(st, spurion_evidence_active(e, &k.packed.members[i]));
-        }
-    }
-    if (ablate && e->sae_count) {
-        SPURION_TRY(st, ablate_all(&k));
-    }
-    if (k.explain && e->sae_count) {
-        SPURION_TRY(st, explain_all(&k));
-    }
-    for (int i = 0; i < job_count; i++) {
-        if (jobs[i]->verdict.code == SPURION_OK) {
-            SPURION_TRY(st, spurion_evidence_fill(e, &k.packed.members[i], k.explain, scale));
-        }
-    }
+    SPURION_TRY(st, spurion_measure_pack(k, jobs, job_count, explain, ablate));
+    SPURION_TRY(st, spurion_measure_launch(k));
+    SPURION_TRY(st, spurion_measure_settle(k));
+    SPURION_TRY(st, spurion_measure_evidence(k));
 out:
     return st;
 }

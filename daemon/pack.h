@@ -47,6 +47,7 @@ spurion_status spurion_pack_jobs(spurion_packed *out, spurion_arena *arena, spur
  * path of integrated gradients at `fraction`. */
 typedef struct spurion_variant {
     int32_t member, from;
+    int32_t block;    /* at whose input it starts: nothing below it changes */
     int32_t set;      /* -1: none */
     float fraction;
 } spurion_variant;

@@ -142,6 +142,29 @@ attribution: {{method: grad}}
     assert waits[4] - waits[1] == 3, waits
 
 
+def test_emulated_all_variants_of_a_pass_are_waited_for_together(tmp_path):
+    """Four sets to ablate take several passes of variants for each clean one. The host waits for the clean pass and for all of these: twice."""
+    folder, waits, calls = STORED / "small-llama", {}, {}
+    marked = [{"sae": "std", "index": i, "verdict": "spurious", "families": [f"f{i}"]} for i in range(4)]
+    (tmp_path / "catalogue.jsonl").write_text("".join(json.dumps(e) + "\n" for e in marked))
+    (tmp_path / "config.yaml").write_text(f"""model: {{path: {folder}/model, dtype: f32}}
+saes: [{{id: std, path: {folder}/saes/std, hook: blocks.0.hook_resid_post}}]
+catalogue: catalogue.jsonl
+attribution: {{method: none}}
+ablation: {{each: true}}
+""")
+    rows = [{"run": "r", "step": 0, "group": f"g{i // 4}", "id": str(i), "prompt_ids": list(range(3, 11)), "completion_ids": list(range(4, 16))}
+            for i in range(16)]
+    for passes in (1, 4):
+        done = run("judge", tmp_path, stdin="".join(json.dumps(r) + "\n" for r in rows[: 4 * passes]).encode(), WAITS=tmp_path / f"{passes}",
+                   options=("--set", "engine.tokens_max=60", "--profile"))
+        assert done.returncode == 0, done.stderr[-2000:]
+        waits[passes] = int((tmp_path / f"{passes}").read_text())
+        calls[passes] = profile_of(done)["ops"]["sae_encode"]["calls"]
+    assert calls[4] - calls[1] >= 3 * 4, calls  # a clean pass encodes once, each pass of variants once
+    assert waits[4] - waits[1] == 3 * 2, waits
+
+
 def test_emulated_there_is_one_device():
     done = run("check", STORED / "small-llama", device="cuda:1")
     assert done.returncode == 78 and b"cuda:1" in done.stderr, done.stderr

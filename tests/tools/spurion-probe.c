@@ -62,7 +62,7 @@ static spurion_status observe(void *context, int sae, const float *g, int rows)
 
 static void put_features(probe *p, int sae, int rows)
 {
-    const spurion_sae_rows *h = &p->engine->host[sae];
+    const spurion_sae_rows *h = &p->engine->hand[0].host[sae];
     int slots = p->engine->saes[sae]->full.slots;
     int32_t *index = malloc((size_t)rows * (size_t)slots * 4), *row = malloc((size_t)rows * (size_t)slots * 4);
     float *value = malloc((size_t)rows * (size_t)slots * 4);
