@@ -143,6 +143,7 @@ static spurion_status files_load(spurion_engine *e, loading *l)
         goto out;
     }
     SPURION_TRY(st, spurion_weights_open(&l->weights, c->model.path, &l->model));
+    SPURION_TRY(st, spurion_weights_digest_begin(l->weights)); /* as long as everything else takes */
     (void)snprintf(tokenizer_path, sizeof tokenizer_path, "%s/tokenizer.json", c->model.path);
     SPURION_TRY(st, spurion_tokenizer_open(&e->tokenizer, tokenizer_path));
     SPURION_TRY(st, spurion_chat_open(&e->chat, c->model.template_kind, c->model.path, &l->model, e->tokenizer));

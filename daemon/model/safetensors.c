@@ -1,4 +1,5 @@
-/* safetensors files and sets of shards. Thread: one owner. Memory: the index; staging of STAGE_BYTES while converting or hashing. */
+/* safetensors files and sets of shards. Thread: one owner; large tensors are read and checked on several threads (parallel.h).
+ * Memory: the index; staging of STAGE_BYTES for each of them while converting, and while hashing. */
 #include "daemon/model/safetensors.h"
 
 #include <errno.h>
@@ -12,9 +13,11 @@
 #include <unistd.h>
 
 #include "daemon/base/json.h"
+#include "daemon/base/parallel.h"
 #include "daemon/model/npz.h"
 
 #define STAGE_BYTES (1u << 20)
+#define PART_ELEMENTS (1u << 21) /* of a tensor that is read in parts: enough work to start a thread for */
 
 struct spurion_safetensors {
     spurion_tensor_header header;
@@ -274,12 +277,35 @@ static float f16_to_f32(uint16_t h)
     return (h & 0x8000) != 0 ? -value : value;
 }
 
-/* Converts `count` little-endian elements at raw; raw need not be aligned. */
-static void convert(float *out, const unsigned char *raw, size_t count, spurion_tensor_dtype dtype)
+#define RUN 1024 /* elements of an inner loop: a constant, so that it becomes vector instructions */
+
+static void widen_bf16(float *out, const unsigned char *raw, size_t count)
 {
     for (size_t i = 0; i < count; i++) {
         uint16_t half;
-        uint32_t word;
+        memcpy(&half, raw + 2 * i, sizeof half);
+        uint32_t word = (uint32_t)half << 16;
+        memcpy(&out[i], &word, sizeof word);
+    }
+}
+
+static void convert_bf16(float *out, const unsigned char *raw, size_t count)
+{
+    for (; count >= RUN; out += RUN, raw += 2 * RUN, count -= RUN) {
+        widen_bf16(out, raw, RUN);
+    }
+    widen_bf16(out, raw, count);
+}
+
+/* Converts `count` little-endian elements at raw; raw need not be aligned. */
+static void convert(float *out, const unsigned char *raw, size_t count, spurion_tensor_dtype dtype)
+{
+    if (dtype == SPURION_TENSOR_BF16) {
+        convert_bf16(out, raw, count);
+        return;
+    }
+    for (size_t i = 0; i < count; i++) {
+        uint16_t half;
         int32_t small;
         int64_t large;
         double wide;
@@ -288,11 +314,6 @@ static void convert(float *out, const unsigned char *raw, size_t count, spurion_
         case SPURION_TENSOR_F16:
             memcpy(&half, raw + 2 * i, sizeof half);
             out[i] = f16_to_f32(half);
-            break;
-        case SPURION_TENSOR_BF16:
-            memcpy(&half, raw + 2 * i, sizeof half);
-            word = (uint32_t)half << 16;
-            memcpy(&out[i], &word, sizeof word);
             break;
         case SPURION_TENSOR_F64:
             memcpy(&wide, raw + 8 * i, sizeof wide);
@@ -343,10 +364,43 @@ out:
     return st;
 }
 
+static spurion_status read_elements(float *out, const spurion_safetensors *s, const spurion_tensor_info *t, uint64_t first, uint64_t count)
+{
+    uint64_t offset = first * ((uint64_t)spurion_tensor_dtype_bits(t->dtype) / 8);
+
+    return t->dtype == SPURION_TENSOR_F32 ? read_bytes(out, s, t, offset, (size_t)count * sizeof *out) : read_converted(out, s, t, offset, count);
+}
+
+/* One tensor, part by part. */
+typedef struct reading {
+    float *out;
+    const spurion_safetensors *s;
+    const spurion_tensor_info *t;
+    uint64_t first, count, part;
+    spurion_status status[SPURION_PARALLEL_MAX];
+} reading;
+
+static void read_part(void *context, int i)
+{
+    reading *r = context;
+    uint64_t at = (uint64_t)i * r->part, n = r->count - at < r->part ? r->count - at : r->part;
+    r->status[i] = read_elements(r->out + at, r->s, r->t, r->first + at, n);
+}
+
+/* How many parts make `count` elements, and of what size. */
+static int parts_of(uint64_t *part, uint64_t count)
+{
+    uint64_t n = count / PART_ELEMENTS;
+    n = n < 1 ? 1 : n > SPURION_PARALLEL_MAX ? SPURION_PARALLEL_MAX : n;
+    *part = (count + n - 1) / n;
+    return (int)n;
+}
+
 spurion_status spurion_safetensors_read(float *out, const spurion_safetensors *s, const spurion_tensor_info *t, uint64_t first,
                                         uint64_t count)
 {
-    uint64_t size = (uint64_t)spurion_tensor_dtype_bits(t->dtype) / 8;
+    reading r = {.out = out, .s = s, .t = t, .first = first, .count = count};
+    int parts;
 
     if (s->fd < 0 || first > t->elements || count > t->elements - first) {
         return spurion_error(SPURION_OUT_OF_RANGE, "%s: %s: expected elements below %llu, found %llu from %llu", spurion_path_tail(s->path),
@@ -354,20 +408,30 @@ spurion_status spurion_safetensors_read(float *out, const spurion_safetensors *s
     }
     switch (t->dtype) {
     case SPURION_TENSOR_F32:
-        return read_bytes(out, s, t, first * size, (size_t)count * sizeof *out);
     case SPURION_TENSOR_F16:
     case SPURION_TENSOR_BF16:
     case SPURION_TENSOR_F64:
     case SPURION_TENSOR_I32:
     case SPURION_TENSOR_I64:
-        return read_converted(out, s, t, first * size, count);
+        break;
     default:
         return spurion_error(SPURION_UNIMPLEMENTED, "%s: %s: expected dtype F32, F16, BF16, F64, I32 or I64, found %s",
                              spurion_path_tail(s->path), t->name, spurion_tensor_dtype_name(t->dtype));
     }
+    parts = s->npz != NULL ? 1 : parts_of(&r.part, count); /* an npz is one stream of compressed bytes */
+    if (parts == 1) {
+        return read_elements(out, s, t, first, count);
+    }
+    spurion_parallel(read_part, &r, parts);
+    for (int i = 0; i < parts; i++) {
+        if (r.status[i].code != SPURION_OK) {
+            return r.status[i];
+        }
+    }
+    return spurion_ok();
 }
 
-spurion_status spurion_safetensors_hash(spurion_sha256 *h, const spurion_safetensors *s)
+spurion_status spurion_safetensors_hash(spurion_sha256 *h, const spurion_safetensors *s, const atomic_bool *stop)
 {
     spurion_status st = spurion_ok();
     unsigned char *stage = NULL;
@@ -385,6 +449,10 @@ spurion_status spurion_safetensors_hash(spurion_sha256 *h, const spurion_safeten
     for (uint64_t at = 0; at < s->data_bytes;) {
         size_t part = s->data_bytes - at < STAGE_BYTES ? (size_t)(s->data_bytes - at) : STAGE_BYTES;
 
+        if (stop != NULL && atomic_load(stop)) {
+            st = spurion_error(SPURION_CANCELLED, "%s: nobody wants its hash any more", spurion_path_tail(s->path));
+            goto out;
+        }
         SPURION_TRY(st, pread_all(stage, s->fd, part, s->data_start + at, s->path));
         SPURION_TRY(st, spurion_sha256_update(h, stage, part));
         at += part;
@@ -394,10 +462,53 @@ out:
     return st;
 }
 
+/* A float is finite unless its exponent is all ones. */
+static bool run_finite(const float *x, size_t count)
+{
+    uint32_t bad = 0;
+
+    for (size_t i = 0; i < count; i++) {
+        uint32_t word;
+        memcpy(&word, &x[i], sizeof word);
+        bad |= (word & 0x7f800000u) == 0x7f800000u;
+    }
+    return bad == 0;
+}
+
+/* The first element that is not finite from `at` on, looked for in whole runs; count: there is none. */
+static size_t first_bad(const float *x, size_t at, size_t count)
+{
+    while (at + RUN <= count && run_finite(x + at, RUN)) {
+        at += RUN;
+    }
+    while (at < count && isfinite(x[at])) {
+        at++;
+    }
+    return at;
+}
+
+typedef struct checking {
+    const float *x;
+    uint64_t count, part;
+    size_t bad[SPURION_PARALLEL_MAX]; /* of each part: the place in x, or its end */
+} checking;
+
+static void check_part(void *context, int i)
+{
+    checking *c = context;
+    uint64_t at = (uint64_t)i * c->part, end = c->count - at < c->part ? c->count : at + c->part;
+    c->bad[i] = first_bad(c->x, (size_t)at, (size_t)end);
+}
+
 spurion_status spurion_check_finite(const float *x, size_t count, const char *what, const char *where)
 {
-    for (size_t i = 0; i < count; i++) {
-        if (!isfinite(x[i])) {
+    checking c = {.x = x, .count = count};
+    int parts = parts_of(&c.part, count);
+
+    spurion_parallel(check_part, &c, parts);
+    for (int p = 0; p < parts; p++) {
+        size_t i = c.bad[p];
+        if (i < count && i < (uint64_t)(p + 1) * c.part) {
             return spurion_error(SPURION_INVALID_ARGUMENT, "%s: %s: expected finite numbers, found %s at element %zu",
                                  spurion_path_tail(where), what, isnan(x[i]) ? "NaN" : "infinity", i);
         }

@@ -4,6 +4,7 @@
 #ifndef SPURION_MODEL_SAFETENSORS_H
 #define SPURION_MODEL_SAFETENSORS_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -63,8 +64,9 @@ const char *spurion_safetensors_path(const spurion_safetensors *s);
  * UNIMPLEMENTED for another dtype. Not checked for NaN. */
 spurion_status spurion_safetensors_read(float *out, const spurion_safetensors *s, const spurion_tensor_info *t, uint64_t first,
                                         uint64_t count) SPURION_MUST_USE;
-/* Adds all data bytes of the file to the hash. DATA_LOSS where an npz holds other bytes than its checksums say. */
-spurion_status spurion_safetensors_hash(spurion_sha256 *h, const spurion_safetensors *s) SPURION_MUST_USE;
+/* Adds all data bytes of the file to the hash. DATA_LOSS where an npz holds other bytes than its checksums say.
+ * Another thread may read tensors of a safetensors file meanwhile, and end this by *stop (or NULL): CANCELLED. */
+spurion_status spurion_safetensors_hash(spurion_sha256 *h, const spurion_safetensors *s, const atomic_bool *stop) SPURION_MUST_USE;
 
 /* INVALID_ARGUMENT naming the first element that is NaN or infinite. what: the tensor's name, where: the file. */
 spurion_status spurion_check_finite(const float *x, size_t count, const char *what, const char *where) SPURION_MUST_USE;

@@ -1,7 +1,10 @@
-/* A checkpoint's tensors by role. Thread: one. Memory: the shards' index and, for transposed or fused tensors, one staging tensor. */
+/* A checkpoint's tensors by role. Thread: one, and one more for the digest. Memory: the shards' index and, for transposed or fused tensors, one
+ * staging tensor. */
 #include "daemon/model/weights.h"
 
 #include <limits.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -22,6 +25,12 @@ struct spurion_weights {
     int vocab;
     float *stage; /* one stored tensor */
     size_t stage_elements;
+
+    pthread_t digester; /* between digest_begin and digest, or close */
+    bool digesting;
+    atomic_bool digest_unwanted;
+    unsigned char digest[32];
+    spurion_status digest_status;
 };
 
 /* --- what a config asks for --- */
@@ -261,6 +270,10 @@ void spurion_weights_close(spurion_weights *w)
     if (w == NULL) {
         return;
     }
+    if (w->digesting) {
+        atomic_store(&w->digest_unwanted, true);
+        pthread_join(w->digester, NULL);
+    }
     spurion_shards_close(w->shards);
     free(w->stage);
     free(w);
@@ -357,17 +370,48 @@ out:
     return st;
 }
 
-spurion_status spurion_weights_digest(unsigned char out[32], spurion_weights *w)
+/* --- the digest --- */
+
+static spurion_status digest_make(spurion_weights *w)
 {
     spurion_status st;
     spurion_sha256 h = {NULL};
 
     SPURION_TRY(st, spurion_sha256_init(&h));
     for (int i = 0; i < spurion_shards_count(w->shards); i++) {
-        SPURION_TRY(st, spurion_safetensors_hash(&h, spurion_shards_at(w->shards, i)));
+        SPURION_TRY(st, spurion_safetensors_hash(&h, spurion_shards_at(w->shards, i), &w->digest_unwanted));
     }
-    SPURION_TRY(st, spurion_sha256_finish(out, &h));
+    SPURION_TRY(st, spurion_sha256_finish(w->digest, &h));
 out:
     spurion_sha256_fini(&h);
+    return st;
+}
+
+static void *digester_main(void *arg)
+{
+    spurion_weights *w = arg;
+    w->digest_status = digest_make(w);
+    return NULL;
+}
+
+spurion_status spurion_weights_digest_begin(spurion_weights *w)
+{
+    SPURION_ASSERT(!w->digesting);
+    w->digesting = pthread_create(&w->digester, NULL, digester_main, w) == 0;
+    return w->digesting ? spurion_ok() : spurion_error(SPURION_RESOURCE_EXHAUSTED, "no thread for the digest of the weights");
+}
+
+spurion_status spurion_weights_digest(unsigned char out[32], spurion_weights *w)
+{
+    spurion_status st = spurion_ok();
+
+    if (!w->digesting) {
+        SPURION_TRY(st, spurion_weights_digest_begin(w));
+    }
+    pthread_join(w->digester, NULL);
+    w->digesting = false;
+    st = w->digest_status;
+    memcpy(out, w->digest, sizeof w->digest);
+out:
     return st;
 }

@@ -1,5 +1,5 @@
 /* A checkpoint's tensors by role, whatever the family calls them. Reads with pread into caller's memory; nothing is mapped.
- * Thread: one. Memory: one block for header and index, plus one staging tensor. */
+ * Thread: one; the digest has one of its own, and large tensors are read on several. Memory: one block for header and index, plus one staging tensor. */
 #ifndef SPURION_MODEL_WEIGHTS_H
 #define SPURION_MODEL_WEIGHTS_H
 
@@ -46,7 +46,9 @@ size_t spurion_weights_elements(const spurion_weights *w, spurion_role role, int
 /* Reads one tensor as f32, row-major [out, in] (Conv1D transposed, fused QKV split, Gemma's 1 added), into out (elements).
  * layer: from 0; ignored for the roles outside of blocks. DATA_LOSS when the file is short, INVALID_ARGUMENT for NaN or Inf (names the tensor). */
 spurion_status spurion_weights_read(float *out, spurion_weights *w, spurion_role role, int layer) SPURION_MUST_USE;
-/* SHA-256 over all tensor bytes of the files in name order, for provenance. */
+/* SHA-256 over all tensor bytes of the files in name order, for provenance: one stream of bytes, so one thread, which runs beside the reading of the
+ * tensors from begin on. digest waits for it, and begins it where nobody has. */
+spurion_status spurion_weights_digest_begin(spurion_weights *w) SPURION_MUST_USE;
 spurion_status spurion_weights_digest(unsigned char out[32], spurion_weights *w) SPURION_MUST_USE;
 
 #endif

@@ -173,7 +173,7 @@ static spurion_status read_digest(unsigned char out[32], const spurion_safetenso
     spurion_sha256 h = {NULL};
 
     SPURION_TRY(st, spurion_sha256_init(&h));
-    SPURION_TRY(st, spurion_safetensors_hash(&h, file));
+    SPURION_TRY(st, spurion_safetensors_hash(&h, file, NULL));
     SPURION_TRY(st, spurion_sha256_finish(out, &h));
 out:
     spurion_sha256_fini(&h);

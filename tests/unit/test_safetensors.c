@@ -208,6 +208,61 @@ static void test_safetensors_reads_every_dtype(void **state)
     place_drop(&p);
 }
 
+#define LONG_COUNT ((4u << 20) + 12345) /* elements: read in parts by several threads */
+
+static uint16_t long_bits(uint64_t i)
+{
+    return (uint16_t)((i * 2654435761u >> 13) & 0xbf7f); /* the lowest bit of the exponent is 0: finite */
+}
+
+/* A tensor that is read in parts: every value where it stands, from the front, from the middle, of a file cut under us. */
+static void test_safetensors_reads_long_tensors_in_parts(void **state)
+{
+    char header[128], path[512];
+    int n = snprintf(header, sizeof header, "{\"t\":{\"dtype\":\"BF16\",\"shape\":[%u],\"data_offsets\":[0,%u]}}", LONG_COUNT, 2 * LONG_COUNT);
+    unsigned char *file = malloc(8 + (size_t)n + 2 * LONG_COUNT);
+    float *x = malloc(LONG_COUNT * sizeof *x);
+    spurion_safetensors *s = NULL;
+    spurion_status st;
+    place p;
+
+    (void)state;
+    assert_true(file != NULL && x != NULL);
+    memset(file, 0, 8);
+    file[0] = (unsigned char)n;
+    memcpy(file + 8, header, (size_t)n);
+    for (uint64_t i = 0; i < LONG_COUNT; i++) {
+        uint16_t half = long_bits(i);
+        memcpy(file + 8 + n + 2 * i, &half, sizeof half);
+    }
+    place_make(&p);
+    place_write(&p, "t", file, 8 + (size_t)n + 2 * LONG_COUNT);
+    assert_int_equal(spurion_safetensors_open(&s, place_path(path, &p, "t")).code, SPURION_OK);
+    for (uint64_t first = 0; first < 2; first++) {
+        assert_int_equal(spurion_safetensors_read(x, s, spurion_safetensors_find(s, "t"), first * 77, LONG_COUNT - first * 77).code, SPURION_OK);
+        for (uint64_t i = 0; i < LONG_COUNT - first * 77; i++) {
+            uint32_t word;
+            memcpy(&word, &x[i], sizeof word);
+            assert_true(word == (uint32_t)long_bits(i + first * 77) << 16);
+        }
+    }
+    assert_int_equal(spurion_check_finite(x, LONG_COUNT - 77, "t", path).code, SPURION_OK);
+    x[LONG_COUNT - 100] = NAN;
+    x[(3u << 20) + 1] = INFINITY;
+    st = spurion_check_finite(x, LONG_COUNT - 77, "t", path);
+    assert_int_equal(st.code, SPURION_INVALID_ARGUMENT);
+    assert_non_null(strstr(st.message, "found infinity at element 3145729"));
+    x[(3u << 20) + 1] = 0;
+    st = spurion_check_finite(x, LONG_COUNT - 77, "t", path);
+    assert_non_null(strstr(st.message, "found NaN at element 4206549"));
+    assert_int_equal(truncate(path, 8 + n + 2 * (off_t)LONG_COUNT - 2), 0);
+    assert_int_equal(spurion_safetensors_read(x, s, spurion_safetensors_find(s, "t"), 0, LONG_COUNT).code, SPURION_DATA_LOSS);
+    spurion_safetensors_close(s);
+    place_drop(&p);
+    free(file);
+    free(x);
+}
+
 static void index_refused(const place *p, const char *index, int code, const char *text)
 {
     spurion_shards *s = NULL;
@@ -282,6 +337,7 @@ int main(void)
         cmocka_unit_test(test_safetensors_limits_names_and_their_number),
         cmocka_unit_test(test_safetensors_refuses_broken_files),
         cmocka_unit_test(test_safetensors_reads_every_dtype),
+        cmocka_unit_test(test_safetensors_reads_long_tensors_in_parts),
         cmocka_unit_test(test_safetensors_index_names_files_beside_it_only),
         cmocka_unit_test(test_safetensors_directory_of_pickles_names_the_converter),
     };

@@ -7,6 +7,7 @@
 #include <cmocka.h>
 #include <math.h>
 
+#include "daemon/base/sha256.h"
 #include "daemon/model/weights.h"
 #include "tests/unit/checkpoint_place.h"
 
@@ -129,6 +130,39 @@ static void test_weights_gptj_roles(void **state)
     good(f);
     assert_int_equal(spurion_weights_digest(again, f->w).code, SPURION_OK);
     assert_memory_not_equal(digest, again, 32);
+}
+
+/* The digest is that of the data, made beside the reading; it may be asked for twice, and nobody need wait for it. */
+static void test_weights_digest_beside_the_reading(void **state)
+{
+    fixture *f = *state;
+    float x[V * D];
+    unsigned char digest[32], want[32];
+    spurion_sha256 h = {NULL};
+
+    add_gptj(f);
+    bundle_add(&f->b, "score.weight", 1, D, 50, 1);
+    bundle_write(&f->b, &f->p, "model.safetensors", 0);
+    assert_int_equal(spurion_sha256_init(&h).code, SPURION_OK);
+    assert_int_equal(spurion_sha256_update(&h, f->b.data, f->b.count * sizeof(float)).code, SPURION_OK);
+    assert_int_equal(spurion_sha256_finish(want, &h).code, SPURION_OK);
+    spurion_sha256_fini(&h);
+    good(f);
+    assert_int_equal(spurion_weights_digest_begin(f->w).code, SPURION_OK);
+    read_into(x, f, SPURION_ROLE_Q, 0, D * D);
+    assert_true(x[0] == 100 && x[D * D - 1] == 163);
+    for (int i = 0; i < 2; i++) {
+        memset(digest, 0, sizeof digest);
+        assert_int_equal(spurion_weights_digest(digest, f->w).code, SPURION_OK);
+        assert_memory_equal(digest, want, sizeof want);
+    }
+    assert_int_equal(spurion_weights_digest_begin(f->w).code, SPURION_OK);
+    spurion_weights_close(f->w);
+    f->w = NULL;
+    good(f);
+    f->b.count -= D;
+    bundle_write(&f->b, &f->p, "model.safetensors", f->b.count * sizeof(float) / 2); /* shorter than its header says, under us */
+    assert_int_equal(spurion_weights_digest(digest, f->w).code, SPURION_DATA_LOSS);
 }
 
 static void test_weights_missing_head_says_what_is_there(void **state)
@@ -390,6 +424,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_weights_gptj_roles, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_weights_digest_beside_the_reading, setup, teardown),
         cmocka_unit_test_setup_teardown(test_weights_missing_head_says_what_is_there, setup, teardown),
         cmocka_unit_test_setup_teardown(test_weights_heads_are_found_by_their_tensors, setup, teardown),
         cmocka_unit_test_setup_teardown(test_weights_head_in_a_file_beside, setup, teardown),
