@@ -98,10 +98,13 @@ static spurion_status layer_load(loader *l, int i)
     int heads = c->qk_norm ? SPURION_FORWARD : narrow; /* run.h */
     const fused fq = {{SPURION_ROLE_Q, SPURION_ROLE_Q}, {SPURION_ROLE_Q_B, SPURION_ROLE_Q_B}, 1, {q, 0}, heads, SPURION_BACKWARD};
     const fused fkv = {{SPURION_ROLE_K, SPURION_ROLE_V}, {SPURION_ROLE_K_B, SPURION_ROLE_V_B}, 2, {kv, kv}, heads, SPURION_BACKWARD};
-    const fused fo = {{SPURION_ROLE_O, SPURION_ROLE_O}, {SPURION_ROLE_O_B, SPURION_ROLE_O_B}, 1, {c->hidden, 0}, SPURION_FORWARD, narrow_back};
+    const fused fo = {{SPURION_ROLE_O, SPURION_ROLE_O}, {SPURION_ROLE_O_B, SPURION_ROLE_O_B}, 1, {c->hidden, 0}, SPURION_FORWARD,
+                      narrow_back};
     const fused fgated = {{SPURION_ROLE_GATE, SPURION_ROLE_UP}, {SPURION_ROLE_GATE_B, SPURION_ROLE_UP_B}, 2, {c->ff, c->ff}, narrow, SPURION_BACKWARD};
-    const fused fup = {{SPURION_ROLE_UP, SPURION_ROLE_UP}, {SPURION_ROLE_UP_B, SPURION_ROLE_UP_B}, 1, {c->ff, 0}, gelu ? SPURION_FORWARD_GELU : narrow, SPURION_BACKWARD};
-    const fused fdown = {{SPURION_ROLE_DOWN, SPURION_ROLE_DOWN}, {SPURION_ROLE_DOWN_B, SPURION_ROLE_DOWN_B}, 1, {c->hidden, 0}, SPURION_FORWARD, gelu ? SPURION_BACKWARD_GELU : narrow_back};
+    const fused fup = {{SPURION_ROLE_UP, SPURION_ROLE_UP}, {SPURION_ROLE_UP_B, SPURION_ROLE_UP_B}, 1, {c->ff, 0},
+                       gelu ? SPURION_FORWARD_GELU : narrow, SPURION_BACKWARD};
+    const fused fdown = {{SPURION_ROLE_DOWN, SPURION_ROLE_DOWN}, {SPURION_ROLE_DOWN_B, SPURION_ROLE_DOWN_B}, 1, {c->hidden, 0},
+                         SPURION_FORWARD, gelu ? SPURION_BACKWARD_GELU : narrow_back};
 
     SPURION_TRY(st, vector_load(&y->norm1_w, l, SPURION_ROLE_NORM1_W, i));
     SPURION_TRY(st, vector_load(&y->norm1_b, l, SPURION_ROLE_NORM1_B, i));

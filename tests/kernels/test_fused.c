@@ -9,7 +9,8 @@ typedef struct shape {
     bool bias;
 } shape;
 
-static const shape shapes[] = {{1, 10, 8, false}, {1, 34, 17, true}, {3, 64, 64, true}, {65, 192, 72, true}, {130, 98, 96, false}, {200, 520, 40, true}, {7, 4, 333, false}};
+static const shape shapes[] = {{1, 10, 8, false}, {1, 34, 17, true}, {3, 64, 64, true}, {65, 192, 72, true}, {130, 98, 96, false},
+                               {200, 520, 40, true}, {7, 4, 333, false}};
 
 enum { EVERY = SPURION_FORWARD_ACT | SPURION_BACKWARD_ACT | SPURION_FORWARD_GELU | SPURION_BACKWARD_GELU };
 
@@ -126,8 +127,7 @@ static void test_fused_outputs_of_act_match_double_sums(void **state)
     (void)state;
     for (int dtype = SPURION_F32; dtype <= SPURION_BF16; dtype++) {
         for (size_t i = 0; i < KT_COUNT(shapes); i++) {
-            narrow_case((spurion_dtype)dtype, shapes[i], 0);
-            narrow_case((spurion_dtype)dtype, shapes[i], 8 + 5 * (int)(i % 2));
+            narrow_case((spurion_dtype)dtype, shapes[i], i % 3 == 0 ? 0 : 8 + 5 * (int)(i % 2));
         }
     }
 }
@@ -285,32 +285,40 @@ static float *run_form(kt *t, const spurion_matrix *m, int form, const float *x,
     return kt_read_act(t, out, n);
 }
 
-static void company(spurion_dtype dtype, int form, int N)
+static void company(kt *t, const spurion_matrix *m, int form, const float *x, const float *pre, int N)
 {
-    static const int sizes[] = {1, 2, 7, 31, 64, 65, 127, 128, 129, 200};
-    kt t;
-    kt_open(&t, dtype, 1 + form % 3);
-    size_t n = (size_t)ROWS * (size_t)N;
-    float *x = kt_floats(&t, n, 1.0), *pre = kt_floats(&t, n, 2.0), *w = kt_floats(&t, (size_t)N * (size_t)N, 0.1), *bias = kt_floats(&t, (size_t)N, 1.0);
-    spurion_matrix *m;
+    static const int sizes[] = {1, 7, 64, 127, 128, 129};
     int from[ROWS];
     for (int i = 0; i < ROWS; i++) {
         from[i] = i;
     }
-    KT_OK(t.ops->matrix_create(t.dev, &m, w, bias, N, N, EVERY, dtype));
-    float *all = run_form(&t, m, form, x, pre, from, ROWS, N);
+    float *all = run_form(t, m, form, x, pre, from, ROWS, N);
     for (size_t i = 0; i < KT_COUNT(sizes); i++) {
         for (int r = 0; r < sizes[i]; r++) { /* another place, other neighbours */
-            from[r] = kt_below(&t, ROWS);
+            from[r] = kt_below(t, ROWS);
         }
-        float *got = run_form(&t, m, form, x, pre, from, sizes[i], N);
+        float *got = run_form(t, m, form, x, pre, from, sizes[i], N);
         for (int r = 0; r < sizes[i]; r++) {
             kt_same_bits("a row in other company", got + r * N, all + from[r] * N, (size_t)N * sizeof *got);
         }
         free(got);
     }
+    free(all);
+}
+
+static void every_company(spurion_dtype dtype, int N)
+{
+    kt t;
+    kt_open(&t, dtype, 1 + N % 3);
+    size_t n = (size_t)ROWS * (size_t)N;
+    float *x = kt_floats(&t, n, 1.0), *pre = kt_floats(&t, n, 2.0), *w = kt_floats(&t, (size_t)N * (size_t)N, 0.1), *bias = kt_floats(&t, (size_t)N, 1.0);
+    spurion_matrix *m;
+    KT_OK(t.ops->matrix_create(t.dev, &m, w, bias, N, N, EVERY, dtype));
+    for (int form = 0; form < FORMS; form++) {
+        company(&t, m, form, x, pre, N);
+    }
     t.ops->matrix_destroy(t.dev, m);
-    free(x), free(pre), free(w), free(bias), free(all);
+    free(x), free(pre), free(w), free(bias);
     kt_close(&t);
 }
 
@@ -318,11 +326,9 @@ static void test_fused_row_does_not_depend_on_company(void **state)
 {
     static const int widths[] = {64, 100, 333};
     (void)state;
-    for (int form = 0; form < FORMS; form++) {
-        for (size_t i = 0; i < KT_COUNT(widths); i++) {
-            company(SPURION_F32, form, widths[i]);
-            company(SPURION_BF16, form, widths[i]);
-        }
+    for (size_t i = 0; i < KT_COUNT(widths); i++) {
+        every_company(SPURION_F32, widths[i]);
+        every_company(SPURION_BF16, widths[i]);
     }
 }
 
@@ -334,8 +340,7 @@ static void test_fused_falls_back_where_an_epilogue_is_missing(void **state)
     for (size_t i = 0; i < KT_COUNT(offers); i++) {
         setenv("SPURION_EMULATOR_EPILOGUES", offers[i], 1);
         every_kind(SPURION_BF16, SPURION_BF16, shapes[3]);
-        company(SPURION_BF16, 2, 64);
-        company(SPURION_BF16, 3, 64);
+        every_company(SPURION_BF16, 64);
     }
     unsetenv("SPURION_EMULATOR_EPILOGUES");
 }

@@ -192,9 +192,11 @@ enum {
 };
 
 static const sweep_shape shapes[] = {
-    {96, 64, false, TO_ACT | BACK_ACT | GELU | SLOPE}, {200, 136, false, TO_ACT | BACK_ACT | GELU | SLOPE},                       /* small, always */
-    {4096, 4096, true, TO_ACT | BACK_ACT}, {8192, 4096, true, TO_ACT}, {16384, 4096, true, GELU}, {4096, 16384, true, SLOPE},     /* GPT-J-6B: q, o; kv; up; down */
-    {2048, 4096, true, TO_ACT}, {28672, 4096, true, TO_ACT}, {4096, 14336, true, BACK_ACT}, {65536, 4096, true, 0}, /* Llama-3-8B: kv; gate and up; down; an SAE */
+    {96, 64, false, TO_ACT | BACK_ACT | GELU | SLOPE}, {200, 136, false, TO_ACT | BACK_ACT | GELU | SLOPE}, /* small, always */
+    {4096, 4096, true, TO_ACT | BACK_ACT}, {8192, 4096, true, TO_ACT},                                     /* GPT-J-6B: q, o; kv */
+    {16384, 4096, true, GELU}, {4096, 16384, true, SLOPE},                                                 /* its up; down */
+    {2048, 4096, true, TO_ACT}, {28672, 4096, true, TO_ACT}, {4096, 14336, true, BACK_ACT},                /* Llama-3-8B: kv; gate and up; down */
+    {65536, 4096, true, 0},                                                                                /* an SAE */
 };
 
 static void fill_weights(float *w, size_t n)

@@ -151,13 +151,14 @@ def op_rows(m, T=1024, F=65536, k=64):
 
 
 def back_rows(m, T=1024):
-    """The same of a backward pass through one block, f32 gradients of the residual stream: (op, FLOP, bytes moved, bytes of the floor), the floor with
-    every rounding and rotation in what stands before it. The forward pass keeps x and what the activation reads besides."""
+    """The same of a backward pass through one block, f32 gradients of the residual stream; the floor with every rounding and rotation in what stands
+    before it, and dq, dk, dv in bf16. What GELU reads is kept besides; what gates read is
+    written anyway."""
     d, q, kv, ff = m["d"], m["heads"] * m["hd"], m["kv"] * m["hd"], m["ff"]
     wide = 2 * ff if m["gated"] else ff
     weights = d * q + 2 * d * kv + q * d + d * wide + ff * d
     mlp = 2 * ff if m["gated"] else 4 * ff  # dout, or with GELU's slope: its input read, its gradient written
-    return [("kept by the forward pass", 0, *2 * (2 * wide + (1 if m["norms"] == 1 else 2) * 8 * d,)),
+    return [("kept by the forward pass", 0, *2 * ((0 if m["gated"] else 2 * ff) + m["norms"] * 8 * d,)),
             ("products: FLOPs; outputs bf16 but towards the residual", 2 * weights, *2 * (mlp + 2 * q + 4 * d + 4 * d + 8 * d,)),
             ("activation", 0, *2 * (0 if not m["gated"] else 4 * wide + 2 * ff,)),
             ("rounding of the residual's gradient, twice", 0, 2 * 6 * d, 2 * 2 * d),
