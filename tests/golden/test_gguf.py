@@ -214,6 +214,7 @@ TRAINED = {"llama3": ("llama", "gpt2", "llama-bpe", "<|begin_of_text|>"), "qwen"
 
 @pytest.fixture(scope="module")
 def pipelines():
+    need_torch()  # before _needs, whose scope is narrower
     import fuzz_tokenizers
 
     return fuzz_tokenizers.pipelines()

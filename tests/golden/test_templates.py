@@ -23,6 +23,7 @@ def _needs():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    need_torch()  # before _needs, whose scope is narrower
     from cases.words import train_tokenizer
 
     path = tmp_path_factory.mktemp("model")
