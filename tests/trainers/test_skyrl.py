@@ -9,9 +9,10 @@ import typing
 
 import demo
 import pytest
-import typing_extensions
 
 pytest.importorskip("skyrl_gym", reason="needs SkyRL (tests/trainers/venvs.sh)")
+import typing_extensions  # noqa: E402
+
 typing.TypedDict = typing_extensions.TypedDict  # pydantic asks for this one below Python 3.12, and SkyRL does not use it
 from skyrl.train.config import GeneratorConfig, SkyRLGymConfig  # noqa: E402
 from skyrl.train.generators.skyrl_gym_generator import SkyRLGymGenerator  # noqa: E402
