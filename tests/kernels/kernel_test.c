@@ -141,6 +141,26 @@ static void *buffer_new(kt *t, const void *host, size_t bytes)
     return (char *)base + GUARD;
 }
 
+double kt_act(double x, spurion_act_kind kind)
+{
+    switch (kind) {
+    case SPURION_ACT_GELU_TANH:
+        return 0.5 * x * (1 + tanh(sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x)));
+    case SPURION_ACT_GELU_ERF:
+        return 0.5 * x * (1 + erf(x / sqrt(2)));
+    case SPURION_ACT_SILU:
+        return x / (1 + exp(-x));
+    default:
+        return x > 0 ? x : 0;
+    }
+}
+
+double kt_act_slope(double x, spurion_act_kind kind)
+{
+    double h = 1e-6;
+    return kind == SPURION_ACT_RELU ? x > 0 : (kt_act(x + h, kind) - kt_act(x - h, kind)) / (2 * h);
+}
+
 void *kt_out(kt *t, size_t bytes)
 {
     return buffer_new(t, NULL, bytes);

@@ -55,6 +55,10 @@ float kt_round(float x, spurion_dtype dtype);   /* to the nearest value of dtype
 /* Rounds in place to values that dtype holds, so that reference and op begin with the same numbers. */
 void kt_round_all(float *x, size_t n, spurion_dtype dtype);
 
+/* Activations in double, and their slopes by finite differences. */
+double kt_act(double x, spurion_act_kind kind);
+double kt_act_slope(double x, spurion_act_kind kind);
+
 /* --- device buffers --- */
 void *kt_out(kt *t, size_t bytes);                       /* poisoned with NaN */
 void *kt_in(kt *t, const void *host, size_t bytes);

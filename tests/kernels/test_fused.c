@@ -72,26 +72,6 @@ static double *backward(const numbers *h, shape s)
     return dx;
 }
 
-static double act(double x, spurion_act_kind kind)
-{
-    switch (kind) {
-    case SPURION_ACT_GELU_TANH:
-        return 0.5 * x * (1 + tanh(sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x)));
-    case SPURION_ACT_GELU_ERF:
-        return 0.5 * x * (1 + erf(x / sqrt(2)));
-    case SPURION_ACT_SILU:
-        return x / (1 + exp(-x));
-    default:
-        return x > 0 ? x : 0;
-    }
-}
-
-static double slope(double x, spurion_act_kind kind)
-{
-    double h = 1e-6;
-    return kind == SPURION_ACT_RELU ? x > 0 : (act(x + h, kind) - act(x - h, kind)) / (2 * h);
-}
-
 /* --- outputs of act --- */
 
 static void narrow_case(spurion_dtype dtype, shape s, int gap)
@@ -195,7 +175,7 @@ static void forward_case(fused_case *c, spurion_act_kind kind, int gated)
     assert_non_null(want);
     for (size_t i = 0; i < out_n; i++) {
         size_t at = i / (size_t)F * (size_t)s.N + i % (size_t)F;
-        want[i] = act(c->pre[at], kind) * (gated ? c->pre[at + (size_t)F] : 1);
+        want[i] = kt_act(c->pre[at], kind) * (gated ? c->pre[at + (size_t)F] : 1);
     }
     float *got = kt_read_act(t, out, out_n), *again = kt_read_act(t, bare, out_n);
     float *got_pre = c->type == SPURION_F32 ? kt_read_floats(t, pre, pre_n) : kt_read_act(t, pre, pre_n);
@@ -219,9 +199,9 @@ static void backward_case(fused_case *c, spurion_act_kind kind, int gated)
     assert_non_null(want);
     for (size_t i = 0; i < dn; i++) {
         size_t at = i / (size_t)s.K * (pn / (size_t)s.T) + i % (size_t)s.K, up = at + (size_t)s.K;
-        want[at] = c->dout[i] * slope(pre[at], kind) * (gated ? pre[up] : 1);
+        want[at] = c->dout[i] * kt_act_slope(pre[at], kind) * (gated ? pre[up] : 1);
         if (gated) {
-            want[up] = c->dout[i] * act(pre[at], kind);
+            want[up] = c->dout[i] * kt_act(pre[at], kind);
         }
     }
     float *got = kt_read_act(t, dpre, pn);
