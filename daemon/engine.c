@@ -1,6 +1,7 @@
 /* Life of the engine: loads and checks everything, and turns jobs into passes. See engine.h. */
 #include "daemon/engine_internal.h"
 
+#include <limits.h>
 #include <malloc.h>
 #include <math.h>
 #include <stdlib.h>
@@ -14,6 +15,8 @@
 #include "daemon/rules.h"
 
 #define SAE_DTYPE SPURION_F32 /* thresholds and top-k are discontinuous: encoded as the libraries do, whatever model.dtype is */
+
+#define BATCH_PASSES 3        /* of a device with memory of its own: the first and the last of a micro-batch have nothing beside them */
 
 /* What create holds until the device has it. */
 typedef struct loading {
@@ -345,9 +348,9 @@ int spurion_engine_rows(const spurion_engine *e, spurion_job *const *jobs, int j
     return rows;
 }
 
-int spurion_engine_rows_max(const spurion_engine *e)
+int spurion_engine_batch_rows(const spurion_engine *e)
 {
-    return e->rows_max;
+    return e->dev->own_memory && e->rows_max <= INT_MAX / BATCH_PASSES ? BATCH_PASSES * e->rows_max : e->rows_max;
 }
 
 static int group_length(spurion_job *const *jobs, int count)

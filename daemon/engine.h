@@ -26,11 +26,12 @@ void spurion_engine_prepare(const spurion_engine *e, spurion_job *job);
 
 /* Rows (tokens) that the jobs of one group cost in a micro-batch, shared prompt counted once; at least 1. */
 int spurion_engine_rows(const spurion_engine *e, spurion_job *const *jobs, int job_count);
-/* Rows that a micro-batch may hold, from engine.tokens_max and the memory plan. */
-int spurion_engine_rows_max(const spurion_engine *e);
+/* Rows that a micro-batch may hold: those of a pass, from engine.tokens_max and the memory plan; of several passes where a device works while the
+ * host packs the next pass and makes the evidence of the last. */
+int spurion_engine_batch_rows(const spurion_engine *e);
 
-/* Judges jobs (prepared; refused ones are passed over) of whole groups: fills every verdict, rules applied. More rows than rows_max are
- * judged in several passes. A device error is INTERNAL: no verdict of this call counts. */
+/* Judges jobs (prepared; refused ones are passed over) of whole groups: fills every verdict, rules applied. More rows than a pass
+ * holds are judged in several. A device error is INTERNAL: no verdict of this call counts. */
 spurion_status spurion_engine_judge(spurion_engine *e, spurion_job *const *jobs, int job_count) SPURION_MUST_USE;
 
 /* Other rules and another catalogue in a running engine, as far as the device need not change: FAILED_PRECONDITION when the catalogued features or

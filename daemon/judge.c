@@ -153,7 +153,7 @@ static spurion_status close_part(judge *j)
     int rows = j->open_count ? spurion_engine_rows(j->engine, j->open, j->open_count) : 0;
 
     /* While the part is still called open its lines wait, and the earlier ones are written. */
-    if (j->pending_count && (j->pending_rows + rows > spurion_engine_rows_max(j->engine) || j->pending_count >= PENDING_JOBS_MAX)) {
+    if (j->pending_count && (j->pending_rows + rows > spurion_engine_batch_rows(j->engine) || j->pending_count >= PENDING_JOBS_MAX)) {
         st = judge_pending(j);
     }
     j->open_part = 0;
@@ -165,7 +165,7 @@ static spurion_status close_part(judge *j)
     j->pending_count += j->open_count;
     j->pending_rows += rows;
     j->open_count = 0;
-    if (st.code == SPURION_OK && j->pending_rows >= spurion_engine_rows_max(j->engine)) {
+    if (st.code == SPURION_OK && j->pending_rows >= spurion_engine_batch_rows(j->engine)) {
         st = judge_pending(j);
     }
     return st;

@@ -139,7 +139,7 @@ static spurion_status engine_open(spurion_pipeline *p)
 
     SPURION_TRY(st, spurion_engine_create(&p->engine, p->config));
     memset(&options, 0, sizeof options);
-    options.rows_max = spurion_engine_rows_max(p->engine);
+    options.rows_max = spurion_engine_batch_rows(p->engine);
     options.batch_wait_ms = p->config->engine.batch_wait_ms;
     options.group_wait_ms = p->config->engine.group_wait_ms;
     options.rows = group_rows;

@@ -142,6 +142,22 @@ attribution: {{method: grad}}
     assert waits[4] - waits[1] == 3, waits
 
 
+def test_emulated_a_micro_batch_holds_passes_enough_to_work_beside(tmp_path):
+    """Three passes of one group each are judged in one go, and as many on the CPU one by one; the verdicts are those of small micro-batches."""
+    folder, found = STORED / "small-llama", {}
+    (tmp_path / "config.yaml").write_text(f"model: {{path: {folder}/model, dtype: f32}}\n")
+    rows = [{"run": "r", "step": 0, "group": f"g{i // 4}", "id": str(i), "prompt_ids": list(range(3, 11)), "completion_ids": list(range(4 + i, 16 + i))}
+            for i in range(12)]
+    data = "".join(json.dumps(r) + "\n" for r in rows).encode()
+    for device, tokens in (("cuda:0", 60), ("cuda:0", 1000), ("cpu", 60)):  # a group has 56 rows
+        done = run("judge", tmp_path, stdin=data, device=device, options=("--set", f"engine.tokens_max={tokens}", "--profile=each"))
+        assert done.returncode == 0, done.stderr[-2000:]
+        goes = [line for line in done.stderr.decode().splitlines() if line.startswith('{"load_s"')]
+        found[device, tokens] = len(set(json.loads(g)["engine_s"] for g in goes)), [json.loads(v)["reward"] for v in done.stdout.splitlines()]
+    assert found["cuda:0", 60][0] == found["cuda:0", 1000][0] == 1 and found["cpu", 60][0] == 3, found
+    assert found["cuda:0", 60][1] == found["cuda:0", 1000][1]
+
+
 def test_emulated_all_variants_of_a_pass_are_waited_for_together(tmp_path):
     """Four sets to ablate take several passes of variants for each clean one. The host waits for the clean pass and for all of these: twice."""
     folder, waits, calls = STORED / "small-llama", {}, {}
